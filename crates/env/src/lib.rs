@@ -3,6 +3,7 @@
 //! A core never opens a file or a socket. It is stepped with events and leaves *effects* behind; the shell
 //! (`cairn-env-real`) or the simulator (`cairn-env-sim`) carries them out. This crate holds the vocabulary both share.
 
+pub mod block;
 pub mod buf;
 pub mod disk;
 
