@@ -87,8 +87,9 @@ impl Transmission {
         Self { agreement, state: State::Header, in_flight: 0, in_flight_bytes: 0 }
     }
 
+    /// Requests handed out; a write whose payload is still arriving is not among them.
     pub(crate) fn in_flight(&self) -> usize {
-        self.in_flight
+        self.in_flight - usize::from(matches!(self.state, State::Payload { .. }))
     }
 
     pub(crate) fn in_flight_bytes(&self) -> u64 {
