@@ -99,6 +99,7 @@ impl Connection {
         let (export, ending) = {
             let state = &mut *self.state.borrow_mut();
             state.transport.close(&self.stream);
+            self.stream.shut_down(); // Operations of a client that was cut off still hold this connection.
             state.output.clear();
             (state.export.take().map(|export| export.name), state.ending.take().unwrap_or(Ending::Closed))
         };

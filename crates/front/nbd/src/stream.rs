@@ -2,6 +2,7 @@
 
 use socket2::{SockRef, TcpKeepalive};
 use std::io::{self, IoSlice, IoSliceMut};
+use std::net::Shutdown;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::{TcpStream, UnixStream};
@@ -26,6 +27,15 @@ impl Stream {
             .with_retries(KEEPALIVE_PROBES);
         SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
         Ok(Stream::Tcp(stream))
+    }
+
+    /// Ends the connection for the peer, even while something still holds this end of it.
+    pub(crate) fn shut_down(&self) {
+        let socket = match self {
+            Stream::Tcp(stream) => SockRef::from(stream),
+            Stream::Unix(stream) => SockRef::from(stream),
+        };
+        let _ = socket.shutdown(Shutdown::Both); // An error says that the peer was faster.
     }
 
     pub(crate) fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
