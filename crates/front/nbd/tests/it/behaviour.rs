@@ -159,6 +159,21 @@ fn a_reply_waits_for_the_device_and_only_so_much_is_read_meanwhile() {
 }
 
 #[test]
+fn a_write_is_answered_only_after_the_device_answered() {
+    on_one_thread(async {
+        let fixture = Fixture::start(MemDevice::new(MIB).answering(Answers::WhenReleased)).await;
+        let mut client = Client::connect(&fixture.socket, "disk").await.unwrap();
+        client.send(&[Client::request(WRITE, 0, 3, 0, 4), b"data".to_vec()].concat()).await;
+        until("the write", || fixture.device.held_count() == 1).await;
+        settle().await;
+        let early = client.stream.try_read(&mut [0]);
+        assert_eq!(early.unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "no reply before the device answers");
+        fixture.device.release();
+        assert_eq!(client.reply().await.unwrap(), (0, 3));
+    });
+}
+
+#[test]
 fn a_client_that_does_not_read_its_replies_is_not_read_from_either() {
     on_one_thread(async {
         let fixture = Fixture::start(MemDevice::new(8 * MIB).without_log()).await;
@@ -320,4 +335,20 @@ fn shutdown_answers_what_is_under_way_and_cuts_off_what_never_ends() {
         assert!(fixture.device.release(), "a late answer does no harm");
         assert!(fixture.notices.borrow().last().unwrap().ends_with("cut off with requests under way"));
     });
+}
+
+/// Each planted bug makes the test that guards its rule fail.
+#[cfg(feature = "planted")]
+#[test]
+fn planted_bugs_are_seen() {
+    let guards: [(&'static str, fn()); 3] = [
+        ("nbd_ack_before_done", a_write_is_answered_only_after_the_device_answered),
+        ("nbd_flush_not_forwarded", forced_unit_access_and_flush_reach_the_device_on_every_connection),
+        ("nbd_trim_fua_without_flush", forced_unit_access_and_flush_reach_the_device_on_every_connection),
+    ];
+    for (name, guard) in guards {
+        cairn_stdx::planted::activate(Some(name));
+        assert!(std::panic::catch_unwind(guard).is_err(), "{name} is not seen");
+        cairn_stdx::planted::activate(None);
+    }
 }

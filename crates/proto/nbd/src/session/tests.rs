@@ -603,3 +603,21 @@ proptest! {
         prop_assert_eq!(run(&bytes, &[usize::MAX]), run(&bytes, &cuts));
     }
 }
+
+/// Each planted bug makes the test that guards its rule fail.
+#[cfg(feature = "planted")]
+#[test]
+fn planted_bugs_are_seen() {
+    let guards: [(&'static str, fn()); 5] = [
+        ("nbd_unbounded_in_flight", requests_beyond_the_limits_wait_until_others_are_answered_and_sent),
+        ("nbd_read_only_writable", requests_are_checked_before_they_reach_the_device),
+        ("nbd_fua_dropped", flags_reach_the_device),
+        ("nbd_tls_not_enforced", tls_is_enforced_and_forgets_what_was_agreed_in_the_clear),
+        ("nbd_starttls_keeps_state", tls_is_enforced_and_forgets_what_was_agreed_in_the_clear),
+    ];
+    for (name, guard) in guards {
+        cairn_stdx::planted::activate(Some(name));
+        assert!(std::panic::catch_unwind(guard).is_err(), "{name} is not seen");
+        cairn_stdx::planted::activate(None);
+    }
+}
