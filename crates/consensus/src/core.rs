@@ -1,0 +1,741 @@
+//! The node: events in, effects out.
+//!
+//! Flow of one turn: proposals and reads enter the library; its changes (entries, term, vote) go into the log in memory
+//! and, as one group, to the disk; messages that promise something wait until that group is durable, a leader's
+//! appends do not wait; committed entries leave for the state machine.
+
+use crate::config::{Config, Initial};
+use crate::entry::{self, Content};
+use crate::error::{NotLeader, OpenError, ProposeError, ReadIndexError, ReceiveError};
+use crate::members::{Change, ChangeError, Members};
+use crate::output::{Committed, CommittedKind, Opened, Output, PeerStatus, Role, RoleChange, SnapshotMeta};
+use crate::output::{SnapshotWanted, Status};
+use crate::reads::Reads;
+use crate::recover::{self, Reader, Recovered};
+use crate::snapshot::Install;
+use crate::store::{LogStore, UNWRITTEN};
+use crate::wal::{Progress, Wal};
+use crate::wire::{self, Identity};
+use cairn_env::{DiskDone, DiskOp, DiskRequest, IoId};
+use cairn_stdx::{Rng, planted};
+use cairn_types::{Instant, MdsId};
+use raft::eraftpb::{Entry, Message, MessageType};
+use raft::{INVALID_ID, ProgressState, RawNode, StateRole};
+use std::collections::{BTreeMap, VecDeque};
+
+/// One member of the group of metadata servers.
+///
+/// The shell calls [`start`](Self::start), then feeds events, and ends each turn of its loop with
+/// [`turn`](Self::turn) before it carries out what has gathered in the [`Output`].
+pub struct Consensus {
+    config: Config,
+    state: State,
+}
+
+enum State {
+    New,
+    Reading { reader: Reader, applied: u64, nonce: u64 },
+    Settling { found: Box<Recovered>, wal: Wal, barrier: IoId, applied: u64, nonce: u64 },
+    Open(Box<Node>),
+    Closed,
+}
+
+/// Everything of an open node.
+pub(crate) struct Node {
+    pub identity: Identity,
+    pub raw: RawNode<LogStore>,
+    pub wal: Wal,
+    pub install: Option<Install>,
+    /// Configuration of an image the library has accepted and not handed back yet.
+    pub install_pending: Option<Members>,
+    /// Messages that must not leave before the batch of changes they promise is durable.
+    held: VecDeque<(u64, MdsId, Vec<u8>)>,
+    /// Numbers of batches of changes ("readies"): taken, needing the disk, in a group, durable.
+    ready_taken: u64,
+    sync_needed: u64,
+    sync_written: u64,
+    sync_durable: u64,
+    proposals: Vec<(u64, Entry)>,
+    proposal_bytes: u64,
+    change_queued: bool,
+    /// Term and token of each entry proposed here, by index.
+    tokens: BTreeMap<u64, (u64, u64)>,
+    reads: Reads,
+    ticks: u64,
+    next_tick: Instant,
+    commit_lag_ticks: u32,
+    commit_due: bool,
+    election_key: (u64, StateRole, u64),
+    election_timeout: usize,
+    /// Last entry given to the state machine.
+    pub emitted: u64,
+    /// What the shell reported as applied; the library is told when its own bounds allow.
+    pub applied_goal: u64,
+    /// Committed entries that wait for the end of an installation.
+    pub waiting: VecDeque<Entry>,
+    role: RoleChange,
+}
+
+impl Consensus {
+    /// The operations that make a new log, to be carried out one after the other, each after the previous completed.
+    /// `instance` is a fresh random number, not zero; it goes into the [`Member`](crate::Member) of this node.
+    pub fn format(config: &Config, instance: u64, initial: &Initial) -> Vec<DiskOp> {
+        recover::format(config, instance, initial)
+    }
+
+    /// A node that has not read its log yet.
+    pub fn new(config: Config) -> Self {
+        config.validate();
+        Self { config, state: State::New }
+    }
+
+    /// Begins to read the log; `Output::opened` tells the end. `applied` is the index up to which the state machine is
+    /// durable; entries after it are emitted again.
+    pub fn start(&mut self, now: Instant, applied: u64, rng: &mut Rng, out: &mut Output) {
+        assert!(matches!(self.state, State::New), "a node starts once");
+        let _ = now;
+        let mut reader = Reader::new(&self.config);
+        reader.issue(&mut out.disk);
+        self.state = State::Reading { reader, applied, nonce: rng.next_u64() };
+    }
+
+    /// Takes the completion of a disk request.
+    pub fn disk_done(&mut self, now: Instant, done: DiskDone, out: &mut Output) {
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Reading { mut reader, applied, nonce } => {
+                self.state = match reader.done(done, &mut out.disk) {
+                    Ok(None) => State::Reading { reader, applied, nonce },
+                    Ok(Some(bytes)) => match recover::recover(&self.config, &bytes, reader.next_io) {
+                        Ok(mut found) => {
+                            let ring = std::mem::take(&mut found.ring);
+                            let mut wal = Wal::new(&self.config, found.identity, ring);
+                            // What was read may lie in a volatile cache; nothing relies on it before a flush.
+                            let request = wal.barrier();
+                            let barrier = request.io;
+                            out.disk.push(request);
+                            State::Settling { found: Box::new(found), wal, barrier, applied, nonce }
+                        }
+                        Err(error) => closed(out, error),
+                    },
+                    Err(error) => closed(out, OpenError::Read(error)),
+                };
+            }
+            State::Settling { found, wal, barrier, applied, nonce } => {
+                assert_eq!(done.io, barrier, "a completion nobody waits for");
+                self.state = match done.result {
+                    Err(error) => closed(out, OpenError::Read(error)),
+                    Ok(_) => match Node::open(&self.config, *found, wal, applied, nonce, now, out) {
+                        Ok(node) => State::Open(Box::new(node)),
+                        Err(error) => closed(out, error),
+                    },
+                };
+            }
+            State::Open(mut node) => {
+                self.state = match node.disk_done(&done, out) {
+                    Ok(()) => State::Open(node),
+                    Err(error) => {
+                        out.failed = Some(error);
+                        State::Closed
+                    }
+                };
+            }
+            // Completions of requests that were in flight when the log closed.
+            state @ (State::New | State::Closed) => self.state = state,
+        }
+    }
+
+    pub(crate) fn node(&self) -> Option<&Node> {
+        match &self.state {
+            State::Open(node) => Some(node),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn node_mut(&mut self) -> Option<&mut Node> {
+        match &mut self.state {
+            State::Open(node) => Some(node),
+            _ => None,
+        }
+    }
+
+    /// When `tick` wants to be called next.
+    pub fn next_tick(&self) -> Option<Instant> {
+        self.node().map(|node| node.next_tick)
+    }
+
+    /// Lets time pass. One tick at most per call: a node that slept hears its messages before it suspects its leader.
+    pub fn tick(&mut self, now: Instant, rng: &mut Rng, out: &mut Output) {
+        let State::Open(node) = &mut self.state else { return };
+        if now >= node.next_tick {
+            let due = node.next_tick + self.config.tick;
+            node.next_tick = if due > now { due } else { now + self.config.tick };
+            node.tick(&self.config, rng, out);
+        }
+    }
+
+    /// Takes a message of peer `from`.
+    ///
+    /// # Errors
+    /// [`ReceiveError`] when the message is refused; the node is unharmed.
+    pub fn receive(&mut self, _now: Instant, from: MdsId, bytes: &[u8], _out: &mut Output) -> Result<(), ReceiveError> {
+        let State::Open(node) = &mut self.state else { return Err(ReceiveError::Closed) };
+        node.receive(&self.config, from, bytes)
+    }
+
+    /// Queues a command for the next turn. `token` comes back with the committed entry, or in `Output::dropped`.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; nothing was started then.
+    pub fn propose(&mut self, token: u64, data: Vec<u8>) -> Result<(), ProposeError> {
+        let State::Open(node) = &mut self.state else { return Err(ProposeError::Closed) };
+        node.check_leads()?;
+        let (size, max) = (data.len() as u64, self.config.command_size_max());
+        if size == 0 || size > max {
+            return Err(ProposeError::Size { size, max });
+        }
+        node.queue(&self.config, token, entry::command_entry(data))
+    }
+
+    /// Queues a configuration change for the next turn.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; among them `ChangePending` while another change is not applied here.
+    pub fn propose_change(&mut self, token: u64, change: Change) -> Result<(), ProposeError> {
+        let State::Open(node) = &mut self.state else { return Err(ProposeError::Closed) };
+        node.check_leads()?;
+        if node.change_queued || node.raw.raft.has_pending_conf() {
+            return Err(ProposeError::ChangePending);
+        }
+        node.raw.store().members().after(change)?;
+        if change == Change::Remove(node.identity.id) {
+            return Err(ProposeError::RemoveLeader);
+        }
+        node.queue(&self.config, token, entry::change_entry(change))?;
+        node.change_queued = true;
+        Ok(())
+    }
+
+    /// Hands leadership to voter `to`. It happens within an election timeout or not at all.
+    ///
+    /// # Errors
+    /// [`ProposeError`] when this node does not lead or `to` is no voter.
+    pub fn transfer_leader(&mut self, to: MdsId) -> Result<(), ProposeError> {
+        let State::Open(node) = &mut self.state else { return Err(ProposeError::Closed) };
+        node.check_leads()?;
+        if !node.raw.store().members().voters.contains_key(&to) {
+            return Err(ChangeError::NotMember(to).into());
+        }
+        node.raw.transfer_leader(to.0);
+        Ok(())
+    }
+
+    /// Asks for an index at which a linearizable read may be served. Works on every member.
+    ///
+    /// # Errors
+    /// [`ReadIndexError`] when too many reads wait already.
+    pub fn read_index(&mut self, token: u64, out: &mut Output) -> Result<(), ReadIndexError> {
+        let State::Open(node) = &mut self.state else { return Err(ReadIndexError::Closed) };
+        if node.reads.len() >= self.config.reads_max as usize {
+            return Err(ReadIndexError::QueueFull);
+        }
+        if planted!("raft_read_without_round") && node.raw.raft.state == StateRole::Leader {
+            out.read_ready.push((token, node.raw.raft.raft_log.committed));
+            return Ok(());
+        }
+        node.reads.push(token, node.ticks);
+        Ok(())
+    }
+
+    /// Ends a turn: everything fed since the last one takes effect.
+    pub fn turn(&mut self, _now: Instant, out: &mut Output) {
+        if let State::Open(node) = &mut self.state {
+            node.turn(out);
+        }
+    }
+
+    /// The state machine has applied everything up to `index`, in memory or durably.
+    pub fn applied(&mut self, index: u64) {
+        if let State::Open(node) = &mut self.state {
+            assert!(index <= node.emitted, "applied {index} of {} emitted", node.emitted);
+            node.applied_goal = node.applied_goal.max(index);
+            node.sync_applied();
+        }
+    }
+
+    /// The state machine is durable at `upto` or further: the log before may go. Followers that lag behind the new
+    /// base need a state image, so a caller keeps some tail. Takes the smaller of `upto` and what is applied.
+    pub fn compact(&mut self, upto: u64) {
+        if let State::Open(node) = &mut self.state {
+            let upto = upto.min(node.raw.raft.raft_log.applied);
+            if upto > node.raw.store().base().0 {
+                node.raw.mut_store().compact(upto);
+                node.wal.base_dirty = true;
+            }
+        }
+    }
+
+    /// A picture of the node; empty unless it is open.
+    pub fn status(&self) -> Status {
+        self.node().map_or_else(Status::default, Node::status)
+    }
+}
+
+fn closed(out: &mut Output, error: OpenError) -> State {
+    out.opened = Some(Err(error));
+    State::Closed
+}
+
+impl Node {
+    fn open(
+        config: &Config,
+        found: Recovered,
+        mut wal: Wal,
+        applied: u64,
+        nonce: u64,
+        now: Instant,
+        out: &mut Output,
+    ) -> Result<Node, OpenError> {
+        let Recovered { identity, mut store, intent, cut_bytes, .. } = found;
+        if let Some(meta) = intent {
+            // The image of an announced installation is in place exactly when the state machine stands at its index.
+            if applied == meta.index && store.term_at(meta.index) != Some(meta.term) {
+                store.hard.term = store.hard.term.max(meta.term);
+                store.install(&meta);
+                wal.base_dirty = true;
+            }
+            wal.intent_dirty = true;
+        }
+        let (base, last) = (store.base().0, store.last());
+        if applied < base {
+            return Err(OpenError::StateBehindLog { applied, base });
+        }
+        if applied > last {
+            return Err(OpenError::StateAheadOfLog { applied, last });
+        }
+        // Applied entries were committed, whether or not the commit index reached the disk.
+        store.hard.commit = store.hard.commit.max(applied);
+        replay_members(&mut store, applied);
+        store.start_conf = store.members().conf_state();
+        out.opened = Some(Ok(Opened { instance: identity.instance, term: store.hard.term, base, last, cut_bytes }));
+
+        let election_tick = config.election_ticks as usize;
+        let library = raft::Config {
+            id: identity.id.0,
+            election_tick,
+            heartbeat_tick: config.heartbeat_ticks as usize,
+            applied,
+            max_size_per_msg: config.command_size_max(),
+            max_inflight_msgs: config.inflight_max as usize,
+            check_quorum: true,
+            pre_vote: true,
+            batch_append: true,
+            max_committed_size_per_ready: 8 << 20,
+            ..raft::Config::default()
+        };
+        let logger = slog::Logger::root(slog::Discard, slog::o!());
+        let raw = RawNode::new(&library, store, &logger).expect("the configuration was validated");
+        let role = RoleChange { leader: None, term: raw.raft.term, we_are_leader: false };
+        out.role = Some(role);
+        Ok(Node {
+            identity,
+            raw,
+            wal,
+            install: None,
+            install_pending: None,
+            held: VecDeque::new(),
+            ready_taken: 0,
+            sync_needed: 0,
+            sync_written: 0,
+            sync_durable: 0,
+            proposals: Vec::new(),
+            proposal_bytes: 0,
+            change_queued: false,
+            tokens: BTreeMap::new(),
+            reads: Reads::new(nonce),
+            ticks: 0,
+            next_tick: now + config.tick,
+            commit_lag_ticks: 0,
+            commit_due: false,
+            election_key: (u64::MAX, StateRole::Follower, 0),
+            election_timeout: election_tick,
+            emitted: applied,
+            applied_goal: applied,
+            waiting: VecDeque::new(),
+            role,
+        })
+    }
+
+    fn check_leads(&self) -> Result<(), ProposeError> {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            return Err(NotLeader { leader: self.leader() }.into());
+        }
+        if raft.lead_transferee.is_some() { Err(ProposeError::Transferring) } else { Ok(()) }
+    }
+
+    fn leader(&self) -> Option<MdsId> {
+        let id = self.raw.raft.leader_id;
+        (id != INVALID_ID).then_some(MdsId(id))
+    }
+
+    fn queue(&mut self, config: &Config, token: u64, entry: Entry) -> Result<(), ProposeError> {
+        if self.proposals.len() >= config.proposals_max as usize {
+            return Err(ProposeError::QueueFull);
+        }
+        let bytes = entry::encoded_len(&entry) as u64;
+        if self.raw.store().live_bytes() + self.proposal_bytes + bytes > config.leader_live_max() {
+            return Err(ProposeError::LogFull);
+        }
+        self.proposal_bytes += bytes;
+        self.proposals.push((token, entry));
+        Ok(())
+    }
+
+    /// True when the group knows this id under another instance (C4).
+    fn impostor(&self) -> bool {
+        let known = self.raw.store().members().instance_of(self.identity.id);
+        known.is_some_and(|instance| instance != self.identity.instance) && !planted!("raft_vote_after_amnesia")
+    }
+
+    /// True when this node may stand for election: all it holds is durable, and its log is the one the group admitted.
+    fn may_campaign(&self) -> bool {
+        let log = &self.raw.raft.raft_log;
+        log.persisted == log.last_index() && log.applied >= log.store.base().0 && !self.impostor()
+    }
+
+    fn tick(&mut self, config: &Config, rng: &mut Rng, out: &mut Output) {
+        self.ticks += 1;
+        let raft = &mut self.raw.raft;
+        let key = (raft.term, raft.state, raft.leader_id);
+        if key != self.election_key {
+            self.election_key = key;
+            self.election_timeout = (config.election_ticks + rng.below(u64::from(config.election_ticks)) as u32) as usize;
+        }
+        // The library draws its timeout from a random generator of its own; ours replaces it before it is looked at.
+        raft.set_randomized_election_timeout(self.election_timeout);
+        if raft.state == StateRole::Leader || self.may_campaign() {
+            let campaigned = self.raw.tick() && self.raw.raft.state != StateRole::Leader;
+            if campaigned {
+                self.election_key.0 = u64::MAX;
+            }
+        }
+        let patience = u64::from(config.election_ticks);
+        self.reads.retry_before(self.ticks.saturating_sub(patience));
+        self.reads.expire_before(self.ticks.saturating_sub(4 * patience), &mut out.read_dropped);
+        // An idle node brings its commit index to disk too. The group proves the one before it, so a torn tail then
+        // never hides acknowledged entries.
+        let lags = self.raw.store().hard.commit != self.wal.commit_written;
+        self.commit_lag_ticks = if lags { self.commit_lag_ticks + 1 } else { 0 };
+        self.commit_due = self.commit_lag_ticks >= config.election_ticks;
+    }
+
+    fn receive(&mut self, config: &Config, from: MdsId, bytes: &[u8]) -> Result<(), ReceiveError> {
+        let (message, instance) = wire::decode(&self.identity, from, bytes)?;
+        let (kind, log) = (message.get_msg_type(), &self.raw.raft.raft_log);
+        let (term, last) = (self.raw.raft.term, log.last_index());
+        if wire::counts(kind) && !planted!("raft_vote_after_amnesia") {
+            let known = self.raw.store().members().instance_of(from);
+            if let Some(expected) = known.filter(|expected| *expected != instance) {
+                return Err(ReceiveError::OtherInstance { from, found: instance, expected });
+            }
+        }
+        match kind {
+            MessageType::MsgHeartbeat if message.term >= term && message.commit > last => {
+                return Err(ReceiveError::LogWentBack { committed: message.commit, last });
+            }
+            MessageType::MsgAppend if !message.entries.is_empty() => {
+                let more: usize = message.entries.iter().map(entry::encoded_len).sum();
+                if self.raw.store().live_bytes() + more as u64 > config.follower_live_max() {
+                    return Err(ReceiveError::LogFull);
+                }
+            }
+            MessageType::MsgAppendResponse if message.term == term && !message.reject && message.index > last => {
+                return Err(ReceiveError::BeyondLog { from, index: message.index, last });
+            }
+            MessageType::MsgTimeoutNow if !self.may_campaign() => return Ok(()),
+            _ => {}
+        }
+        // What the library refuses (an answer of a node that is no member any more) is no error of the connection.
+        let _ = self.raw.step(message);
+        Ok(())
+    }
+
+    fn disk_done(&mut self, done: &DiskDone, out: &mut Output) -> Result<(), cairn_env::DiskError> {
+        match self.wal.done(done)? {
+            Progress::Next(request) => out.disk.push(request),
+            Progress::Durable(covers) => {
+                self.sync_durable = covers;
+                self.raw.on_persist_ready(covers);
+                self.sync_applied();
+                self.release(out);
+                if let Some(install) = &mut self.install {
+                    out.snapshot_prepared = install.durable(covers).or(out.snapshot_prepared.take());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the library what is applied, as far as its own bounds allow.
+    pub fn sync_applied(&mut self) {
+        let log = &self.raw.raft.raft_log;
+        let index = self.applied_goal.min(log.committed).min(log.persisted);
+        if index > log.applied {
+            self.raw.advance_apply_to(index);
+        }
+    }
+
+    /// Sends what no longer waits for the disk (C1).
+    fn release(&mut self, out: &mut Output) {
+        let durable = if planted!("raft_ack_before_sync") { u64::MAX } else { self.sync_durable };
+        while self.held.front().is_some_and(|(needs, ..)| *needs <= durable) {
+            let (_, to, bytes) = self.held.pop_front().expect("checked above");
+            out.send.push((to, bytes));
+        }
+    }
+
+    fn turn(&mut self, out: &mut Output) {
+        self.feed_proposals(out);
+        let raft = &self.raw.raft;
+        if (raft.state == StateRole::Leader || raft.leader_id != INVALID_ID)
+            && let Some(context) = self.reads.start_round(self.identity.id.0, self.ticks)
+        {
+            self.raw.read_index(context);
+        }
+        while self.raw.has_ready() {
+            self.take_ready(out);
+        }
+        self.sync_applied();
+        if self.sync_durable >= self.sync_needed {
+            // Nothing since the last durable group needs the disk: these batches are as durable as they will be.
+            self.raw.on_persist_ready(self.ready_taken);
+        }
+        self.release(out);
+        self.notice_role(out);
+        let dirty = self.sync_needed > self.sync_written || self.wal.base_dirty || self.wal.intent_dirty;
+        if !self.wal.is_busy() && (dirty || self.commit_due) {
+            out.disk.push(self.write_group());
+        }
+    }
+
+    fn write_group(&mut self) -> DiskRequest {
+        self.sync_written = self.ready_taken;
+        if let Some(install) = &mut self.install {
+            install.written(self.ready_taken);
+        }
+        (self.commit_due, self.commit_lag_ticks) = (false, 0);
+        let intent = self.install.as_ref().map(Install::meta);
+        self.wal.write_group(self.raw.mut_store(), intent, self.ready_taken)
+    }
+
+    fn feed_proposals(&mut self, out: &mut Output) {
+        if self.proposals.is_empty() {
+            return;
+        }
+        let (tokens, entries): (Vec<u64>, Vec<Entry>) = self.proposals.drain(..).unzip();
+        (self.proposal_bytes, self.change_queued) = (0, false);
+        let first = self.raw.raft.raft_log.last_index() + 1;
+        let mut message = Message { from: self.identity.id.0, entries, ..Message::default() };
+        message.set_msg_type(MessageType::MsgPropose);
+        if self.raw.raft.state == StateRole::Leader && self.raw.raft.step(message).is_ok() {
+            let term = self.raw.raft.term;
+            assert_eq!(self.raw.raft.raft_log.last_index() + 1, first + tokens.len() as u64, "one entry per proposal");
+            self.tokens.extend((first..).zip(tokens.into_iter().map(|token| (term, token))));
+        } else {
+            out.dropped.extend(tokens);
+        }
+    }
+
+    fn take_ready(&mut self, out: &mut Output) {
+        let mut ready = self.raw.ready();
+        self.ready_taken = ready.number();
+        if ready.must_sync() {
+            self.sync_needed = ready.number();
+        }
+        for state in ready.take_read_states() {
+            let tokens = self.reads.answered(&state.request_ctx);
+            out.read_ready.extend(tokens.into_iter().map(|token| (token, state.index)));
+        }
+        let hard = ready.hs().cloned();
+        let metadata = ready.snapshot().get_metadata();
+        let installed = (metadata.index != 0).then_some((metadata.index, metadata.term));
+        let entries = ready.take_entries();
+        let committed = ready.take_committed_entries();
+        let (messages, promises) = (ready.take_messages(), ready.take_persisted_messages());
+        if let Some((index, term)) = installed {
+            let members = self.installed_members();
+            self.raw.mut_store().install(&SnapshotMeta { index, term, members });
+            self.wal.base_dirty = true;
+        }
+        if let Some(hard) = hard {
+            self.raw.mut_store().hard = hard;
+        }
+        let early = if planted!("raft_apply_before_commit") { entries.clone() } else { Vec::new() };
+        self.raw.mut_store().append(entries, UNWRITTEN);
+        self.raw.advance_append_async(ready);
+        for message in messages {
+            self.send(message, None, out);
+        }
+        let needs = self.sync_needed;
+        for message in promises {
+            self.send(message, Some(needs), out);
+        }
+        for entry in early {
+            if entry.index == self.emitted + 1 && entry.context.is_empty() {
+                self.emit(entry, out);
+            }
+        }
+        for entry in committed {
+            self.emit_or_wait(entry, out);
+        }
+    }
+
+    fn send(&mut self, message: Message, needs: Option<u64>, out: &mut Output) {
+        let to = MdsId(message.to);
+        if message.get_msg_type() == MessageType::MsgSnapshot {
+            let index_min = message.get_snapshot().get_metadata().index;
+            out.snapshot_wanted.push(SnapshotWanted { to, index_min });
+            return;
+        }
+        // The library forwards reads of others to a leader it has just heard of; the asker asks again instead.
+        if message.from != self.identity.id.0 || to == self.identity.id {
+            return;
+        }
+        let Some(bytes) = wire::encode(&self.identity, &message) else { return };
+        match needs {
+            Some(needs) => self.held.push_back((needs, to, bytes)),
+            None => out.send.push((to, bytes)),
+        }
+    }
+
+    pub fn emit_or_wait(&mut self, entry: Entry, out: &mut Output) {
+        if self.install.is_some() {
+            self.waiting.push_back(entry);
+        } else {
+            self.emit(entry, out);
+        }
+    }
+
+    /// Gives a committed entry to the state machine, unless an installed image contains it (C3).
+    pub fn emit(&mut self, entry: Entry, out: &mut Output) {
+        let (index, term) = (entry.index, entry.term);
+        let content = entry::content(entry);
+        if index <= self.emitted {
+            if let Content::Change(change) = content
+                && index > self.raw.store().members_index()
+            {
+                self.apply_change(index, change);
+            }
+            return;
+        }
+        assert_eq!(index, self.emitted + 1, "C3: committed entries are consecutive");
+        self.emitted = index;
+        let token = self.tokens.remove(&index).filter(|(proposed, _)| *proposed == term).map(|(_, token)| token);
+        let kind = match content {
+            Content::Noop => CommittedKind::Noop,
+            Content::Command(data) => CommittedKind::Command(data),
+            Content::Change(change) => {
+                self.apply_change(index, change);
+                CommittedKind::Change { change, members: self.raw.store().members().clone() }
+            }
+        };
+        out.committed.push(Committed { index, term, token, kind });
+    }
+
+    /// Brings a committed change into force. A change that makes no sense has no effect, on every node alike.
+    fn apply_change(&mut self, index: u64, change: Change) {
+        let Ok(members) = self.raw.store().members().after(change) else { return };
+        if self.raw.raft.state == StateRole::Leader && change.takes_vote_of(self.identity.id) {
+            // The library cannot lead a group it is no voter of; the others elect a leader among themselves.
+            let term = self.raw.raft.term;
+            self.raw.raft.become_follower(term, INVALID_ID);
+        }
+        let conf = self.raw.apply_conf_change(&change.conf_change()).expect("checked against the configuration");
+        assert!(members.matches(&conf), "C6: {members:?} differs from {conf:?}");
+        self.raw.mut_store().set_members(index, members);
+    }
+
+    fn notice_role(&mut self, out: &mut Output) {
+        let raft = &self.raw.raft;
+        let we_are_leader = raft.state == StateRole::Leader;
+        let term = raft.term;
+        if !we_are_leader || self.role.term != term {
+            let lost = self.tokens.iter().filter(|(_, (proposed, _))| !we_are_leader || *proposed != term);
+            let lost: Vec<(u64, u64)> = lost.map(|(index, (_, token))| (*index, *token)).collect();
+            for (index, token) in lost {
+                self.tokens.remove(&index);
+                out.dropped.push(token);
+            }
+        }
+        let role = RoleChange { leader: self.leader(), term, we_are_leader };
+        if role != self.role {
+            if role.leader != self.role.leader {
+                self.reads.retry_before(u64::MAX);
+            }
+            self.role = role;
+            out.role = Some(role);
+        }
+    }
+
+    fn status(&self) -> Status {
+        let (raft, store) = (&self.raw.raft, self.raw.store());
+        let last = raft.raft_log.last_index();
+        let peers = match raft.state {
+            StateRole::Leader => {
+                let mut peers: Vec<PeerStatus> = raft
+                    .prs()
+                    .iter()
+                    .filter(|(id, _)| **id != self.identity.id.0)
+                    .map(|(id, progress)| PeerStatus {
+                        id: MdsId(*id),
+                        matched: progress.matched,
+                        lag: last.saturating_sub(progress.matched),
+                        active: progress.recent_active,
+                        in_snapshot: progress.state == ProgressState::Snapshot,
+                    })
+                    .collect();
+                peers.sort_by_key(|peer| peer.id);
+                peers
+            }
+            _ => Vec::new(),
+        };
+        Status {
+            id: self.identity.id,
+            instance: self.identity.instance,
+            role: match raft.state {
+                StateRole::Follower => Role::Follower,
+                StateRole::PreCandidate => Role::PreCandidate,
+                StateRole::Candidate => Role::Candidate,
+                StateRole::Leader => Role::Leader,
+            },
+            term: raft.term,
+            leader: self.leader(),
+            base: store.base().0,
+            last,
+            persisted: raft.raft_log.persisted,
+            committed: raft.raft_log.committed,
+            applied: raft.raft_log.applied,
+            live_bytes: store.live_bytes(),
+            used_bytes: self.wal.used(),
+            members: store.members().clone(),
+            impostor: self.impostor(),
+            peers,
+        }
+    }
+}
+
+/// Brings the configuration from the base of the log to `applied`, where the library starts.
+fn replay_members(store: &mut LogStore, applied: u64) {
+    let base = store.base().0;
+    let changes: Vec<(u64, Change)> = store
+        .entries_from(base + 1)
+        .take_while(|entry| entry.index <= applied)
+        .filter(|entry| !entry.context.is_empty())
+        .map(|entry| (entry.index, Change::decode(&entry.context).expect("checked when it was read")))
+        .collect();
+    for (index, change) in changes {
+        if let Ok(members) = store.members().after(change) {
+            store.set_members(index, members);
+        }
+    }
+}
