@@ -328,7 +328,8 @@ impl Node {
             max_inflight_msgs: config.inflight_max as usize,
             check_quorum: true,
             pre_vote: true,
-            batch_append: true,
+            // Not batched: raft 0.7 then appends entries to an earlier empty message at another position.
+            batch_append: false,
             max_committed_size_per_ready: 8 << 20,
             ..raft::Config::default()
         };
@@ -449,7 +450,13 @@ impl Node {
                     return Err(ReceiveError::LogFull);
                 }
             }
-            MessageType::MsgAppendResponse if message.term == term && !message.reject && message.index > last => {
+            // Only a leader knows what its followers can have: one that crashed has forgotten what it sent undurable.
+            MessageType::MsgAppendResponse
+                if self.raw.raft.state == StateRole::Leader
+                    && message.term == term
+                    && !message.reject
+                    && message.index > last =>
+            {
                 return Err(ReceiveError::BeyondLog { from, index: message.index, last });
             }
             MessageType::MsgTimeoutNow if !self.may_campaign() => return Ok(()),

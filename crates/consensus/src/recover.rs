@@ -203,7 +203,9 @@ pub(crate) fn recover(config: &Config, bytes: &[u8], next_io: u64) -> Result<Rec
                 Record::Intent(meta) => intent = meta,
                 Record::Entries(entries) => {
                     let first = entries.first().map_or(0, |entry| entry.index);
-                    if !started {
+                    // The head is kept for its entries; those between its base and them lie before it and are compacted
+                    // by a base that a later group records.
+                    if !started || (group.sequence == chain[0].sequence && first > store.last() + 1) {
                         store.install(&SnapshotMeta { index: first - 1, term: 0, members: Members::default() });
                         started = true;
                     }

@@ -121,11 +121,11 @@ impl Consensus {
 impl Node {
     fn install_prepared(&mut self, out: &mut Output) {
         let meta = self.install.as_ref().expect("checked by the caller").meta.clone();
-        let leads = self.raw.raft.state == StateRole::Leader;
-        let term = self.raw.raft.term;
-        if !leads && (self.raw.raft.state != StateRole::Follower || term < meta.term) {
+        let (term, state) = (self.raw.raft.term, self.raw.raft.state);
+        if term < meta.term || !matches!(state, StateRole::Leader | StateRole::Follower) {
             self.raw.raft.become_follower(term.max(meta.term), INVALID_ID);
         }
+        let leads = self.raw.raft.state == StateRole::Leader;
         let mut snapshot = Snapshot::default();
         let metadata = snapshot.mut_metadata();
         (metadata.index, metadata.term) = (meta.index, meta.term);

@@ -28,7 +28,7 @@ fn golden_bytes_of_an_append() {
     let bytes = encode(&identity(1), &append()).unwrap();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let golden = concat!(
-        "8e5a2fcb", "0100", "01", "00", "07070707070707070707070707070707", // crc, version, kind, flags, cluster
+        "a9e4b8b1", "0100", "01", "00", "07070707070707070707070707070707", // crc, version, kind, flags, cluster
         "0100000000000000", "0200000000000000", "6500000000000000", // from, to, instance
         "0500000000000000", "0400000000000000", "0900000000000000", // term, log term, index
         "0800000000000000", "0000000000000000", "0000000000000000", // commit, commit term, reject hint
