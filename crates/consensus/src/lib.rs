@@ -13,25 +13,27 @@
 //! - C6: the configuration in force at the base of the log is stored with the base;
 //! - C7: the durable commit index covers every configuration change but the last in the log.
 //!
-//! Start at [`core`] for the flow, [`format`] for the bytes on disk, [`wire`] for the bytes between nodes, [`wal`] for
-//! space and durability, [`recover`] for opening.
+//! Start at [`consensus`] for the calls, `node.rs` for the flow of a turn, [`format`] for the bytes on disk, [`wire`]
+//! for the bytes between nodes, `wal.rs` for space and durability, `recover.rs` for opening.
 
 pub mod config;
-pub mod core;
+pub mod consensus;
 mod entry;
 pub mod error;
 pub mod format;
 pub mod members;
+mod node;
+mod opening;
 pub mod output;
 mod reads;
-pub mod recover;
+mod recover;
 mod snapshot;
 mod store;
-pub mod wal;
+mod wal;
 pub mod wire;
 
 pub use config::{Config, Initial, LOG_SIZE_MAX, LOG_SIZE_MIN};
-pub use core::Consensus;
+pub use consensus::Consensus;
 pub use error::{NotLeader, OpenError, ProposeError, ReadIndexError, ReceiveError, SnapshotError};
 pub use members::{Change, ChangeError, Member, Members};
 pub use output::{

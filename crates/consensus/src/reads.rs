@@ -46,7 +46,8 @@ impl Reads {
             return None;
         }
         self.counter += 1;
-        let context = [id, self.nonce, self.counter].iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+        let context =
+            [id, self.nonce, self.counter].iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
         let reads = std::mem::take(&mut self.queued);
         self.rounds.push_back(Round { context: context.clone(), reads, asked_tick: tick });
         Some(context)

@@ -7,7 +7,9 @@
 use crate::config::{Config, Initial};
 use crate::entry;
 use crate::error::OpenError;
-use crate::format::{GROUP_HEADER_SIZE, GroupHeader, GroupWriter, LOG_VERSION, Place, Record, read_header, read_records};
+use crate::format::{
+    GROUP_HEADER_SIZE, GroupHeader, GroupWriter, LOG_VERSION, Place, Record, read_header, read_records,
+};
 use crate::members::{Change, Members};
 use crate::output::SnapshotMeta;
 use crate::store::LogStore;

@@ -6,9 +6,10 @@
 //! stands at the announced index, or it does not.
 
 use crate::config::NUMBER_MAX;
-use crate::core::{Consensus, Node};
+use crate::consensus::Consensus;
 use crate::error::SnapshotError;
 use crate::members::Members;
+use crate::node::Node;
 use crate::output::{Output, SnapshotMeta};
 use cairn_types::MdsId;
 use raft::eraftpb::{Message, MessageType, Snapshot};
@@ -82,6 +83,9 @@ impl Consensus {
             return Err(SnapshotError::Busy);
         }
         if meta.index <= node.emitted {
+            // The leader does not know how far this node is, or it would not offer: without an answer it offers for ever.
+            let emitted = node.emitted;
+            node.answer_leader(emitted);
             return Err(SnapshotError::Old { index: meta.index, emitted: node.emitted });
         }
         if !meta.members.contains(node.identity.id) {
@@ -132,15 +136,17 @@ impl Node {
         metadata.conf_state = Some(meta.members.conf_state());
         // A leader's log contains everything committed, so the image only moves its state machine on.
         let replaced = !leads && self.raw.raft.restore(snapshot);
+        let meta_index = meta.index;
         self.emitted = meta.index;
         self.applied_goal = self.applied_goal.max(meta.index);
         self.wal.intent_dirty = true;
         if replaced {
             self.waiting.clear();
             self.install_pending = Some(meta.members);
-            self.answer_leader();
+            self.answer_leader(meta_index);
         } else {
-            let held = self.raw.raft.raft_log.match_term(meta.index, meta.term) || meta.index <= self.raw.store().base().0;
+            let held =
+                self.raw.raft.raft_log.match_term(meta.index, meta.term) || meta.index <= self.raw.store().base().0;
             assert!(held, "I11: the image at {} is not in a log that should contain it", meta.index);
         }
         self.install = None;
@@ -155,16 +161,16 @@ impl Node {
     }
 
     /// Tells the leader how far this node is now; waits for the disk like any acknowledgement.
-    fn answer_leader(&mut self) {
+    fn answer_leader(&mut self, index: u64) {
         let raft = &mut self.raw.raft;
-        if raft.leader_id == INVALID_ID {
+        if raft.leader_id == INVALID_ID || raft.leader_id == raft.id {
             return;
         }
         let mut message = Message {
             to: raft.leader_id,
             from: self.identity.id.0,
             term: raft.term,
-            index: raft.raft_log.last_index(),
+            index,
             commit: raft.raft_log.committed,
             ..Message::default()
         };

@@ -28,15 +28,42 @@ fn golden_bytes_of_an_append() {
     let bytes = encode(&identity(1), &append()).unwrap();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let golden = concat!(
-        "a9e4b8b1", "0100", "01", "00", "07070707070707070707070707070707", // crc, version, kind, flags, cluster
-        "0100000000000000", "0200000000000000", "6500000000000000", // from, to, instance
-        "0500000000000000", "0400000000000000", "0900000000000000", // term, log term, index
-        "0800000000000000", "0000000000000000", "0000000000000000", // commit, commit term, reject hint
-        "03000000", "00000000", "0000000000000000", // entries, context, reserved
-        "0400000000000000", "0a00000000000000", "07000000", "01", "000000", "636f6d6d616e64",
-        "0500000000000000", "0b00000000000000", "00000000", "00", "000000",
-        "0500000000000000", "0c00000000000000", "18000000", "02", "000000",
-        "0200000000000000", "0300000000000000", "6700000000000000",
+        "a9e4b8b1",
+        "0100",
+        "01",
+        "00",
+        "07070707070707070707070707070707", // crc, version, kind, flags, cluster
+        "0100000000000000",
+        "0200000000000000",
+        "6500000000000000", // from, to, instance
+        "0500000000000000",
+        "0400000000000000",
+        "0900000000000000", // term, log term, index
+        "0800000000000000",
+        "0000000000000000",
+        "0000000000000000", // commit, commit term, reject hint
+        "03000000",
+        "00000000",
+        "0000000000000000", // entries, context, reserved
+        "0400000000000000",
+        "0a00000000000000",
+        "07000000",
+        "01",
+        "000000",
+        "636f6d6d616e64",
+        "0500000000000000",
+        "0b00000000000000",
+        "00000000",
+        "00",
+        "000000",
+        "0500000000000000",
+        "0c00000000000000",
+        "18000000",
+        "02",
+        "000000",
+        "0200000000000000",
+        "0300000000000000",
+        "6700000000000000",
     );
     assert_eq!(hex[8..], golden[8..], "layout");
     assert_eq!(hex[..8], golden[..8], "checksum");
@@ -63,10 +90,7 @@ fn strangers_are_refused_by_name() {
 fn a_gap_disguised_by_term_zero_is_refused() {
     let message = Message { log_term: 0, entries: Vec::new(), ..append() };
     let bytes = encode(&identity(1), &message).unwrap();
-    assert_eq!(
-        decode(&identity(2), MdsId(1), &bytes),
-        Err(ReceiveError::Malformed("term of the previous entry"))
-    );
+    assert_eq!(decode(&identity(2), MdsId(1), &bytes), Err(ReceiveError::Malformed("term of the previous entry")));
 }
 
 proptest! {

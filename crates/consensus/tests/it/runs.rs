@@ -43,10 +43,14 @@ fn one_seed_gives_one_trace() {
     }
 }
 
-/// The number of seeds until a checker sees the planted bug.
-fn seeds_to_find(bug: &'static str, max: u64) -> Option<u64> {
+/// The first seed in which a checker sees the planted bug, and what it says.
+fn seeds_to_find(bug: &'static str, max: u64) -> Option<(u64, String)> {
     planted::activate(Some(bug));
-    let found = (0..max).find(|seed| catch_unwind(AssertUnwindSafe(|| World::new(*seed).run())).is_err());
+    let found = (0..max).find_map(|seed| {
+        let panic = catch_unwind(AssertUnwindSafe(|| World::new(seed).run())).err()?;
+        let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
+        Some((seed, text.chars().take(110).collect()))
+    });
     planted::activate(None);
     found
 }
@@ -71,7 +75,7 @@ fn planted_bugs_are_seen() {
     let middle = crate::crash::rot_in_the_middle(&crate::solo::config(1));
     planted::activate(None);
     std::panic::set_hook(quiet);
-    println!("{found:?}, bad middle: {middle:?}");
+    println!("{found:#?}, bad middle: {middle:?}");
     assert!(found.iter().all(|(_, seed)| seed.is_some()), "{found:?}");
     assert!(middle.is_err(), "the cut in the middle was not seen");
 }

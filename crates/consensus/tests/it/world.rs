@@ -481,12 +481,16 @@ impl World {
                     let size = if self.rng.chance(1, 40) { 6000 } else { self.rng.range(8, 200) };
                     let mut data = vec![0; size as usize];
                     data[..8].copy_from_slice(&token.to_le_bytes());
-                    self.feed(id, |core, _, _, _| { let _ = core.propose(token, data); });
+                    self.feed(id, |core, _, _, _| {
+                        let _ = core.propose(token, data);
+                    });
                 }
                 6..9 => {
                     let floor = self.acknowledged;
                     self.nodes.get_mut(&id).unwrap().reads.insert(token, floor);
-                    self.feed(id, |core, _, _, out| { let _ = core.read_index(token, out); });
+                    self.feed(id, |core, _, _, out| {
+                        let _ = core.read_index(token, out);
+                    });
                 }
                 _ => self.save(id),
             }
@@ -560,7 +564,9 @@ impl World {
         if self.rng.chance(1, 12) {
             let voters: Vec<u64> = status.members.voters.keys().map(|id| id.0).collect();
             let to = self.rng.choose(&voters).copied().unwrap_or(leader);
-            self.feed(leader, |core, _, _, _| { let _ = core.transfer_leader(MdsId(to)); });
+            self.feed(leader, |core, _, _, _| {
+                let _ = core.transfer_leader(MdsId(to));
+            });
         }
         for id in self.nodes.keys().copied().collect::<Vec<_>>() {
             // A removed node goes on for a while, to disturb the others, and is then switched off.
@@ -574,10 +580,13 @@ impl World {
         }
         let voters = status.members.voters.len();
         let caught_up = |id: MdsId| status.peers.iter().any(|peer| peer.id == id && peer.lag < 4 && peer.active);
-        let learner = status.members.learners.iter().next().map(|(id, instance)| Member { id: *id, instance: *instance });
+        let learner =
+            status.members.learners.iter().next().map(|(id, instance)| Member { id: *id, instance: *instance });
         let change = if let Some(learner) = learner {
             let promote = caught_up(learner.id) && self.rng.chance(3, 4);
-            promote.then_some(Change::AddVoter(learner)).or(self.rng.chance(1, 30).then_some(Change::Remove(learner.id)))
+            promote
+                .then_some(Change::AddVoter(learner))
+                .or(self.rng.chance(1, 30).then_some(Change::Remove(learner.id)))
         } else if voters < 3 || (voters < 5 && self.rng.chance(1, 3)) {
             if self.next_id > 11 {
                 return;
