@@ -62,7 +62,7 @@ impl Bench {
                 if let Some(last) = out.committed.last() {
                     core.applied(last.index);
                     self.committed += if node == 0 { out.committed.len() as u64 } else { 0 };
-                    if last.index % 1000 == 0 {
+                    if core.status().base + 1100 < last.index {
                         core.compact(last.index - 100);
                     }
                     out.committed.clear();
