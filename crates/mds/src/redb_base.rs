@@ -4,11 +4,9 @@
 //! with the pairs, `mark` with the [`ImageMark`]; both change in one transaction. An installation fills `incoming` and is
 //! swapped in by renaming the table.
 
-#![expect(clippy::disallowed_methods, reason = "this is a shell: it owns the writer thread")]
-
 use crate::base::{Base, BaseError, Changes, ImageMark, ImageReader, Pairs};
-use cairn_meta::kv::BaseKv;
-use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, TableDefinition, TableHandle};
+use cairn_meta::BaseKv;
+use redb::{Database, ReadOnlyTable, ReadableDatabase, TableDefinition};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,6 +15,9 @@ const STATE: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("stat
 const INCOMING: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("incoming");
 const MARK: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("mark");
 const CACHE_BYTES: usize = 32 << 20;
+
+/// The pairs as a read transaction sees them.
+type StateTable = ReadOnlyTable<&'static [u8], &'static [u8]>;
 
 enum Job {
     Flush(ImageMark, Changes),
@@ -27,7 +28,7 @@ enum Job {
 /// The image in a redb file.
 pub struct RedbBase {
     database: Arc<Database>,
-    table: ReadOnlyTable<&'static [u8], &'static [u8]>,
+    table: StateTable,
     mark: ImageMark,
     jobs: Sender<Job>,
     outcomes: Receiver<Result<(), BaseError>>,
@@ -90,7 +91,7 @@ impl RedbBase {
     }
 }
 
-fn read_state(database: &Database) -> Result<(ReadOnlyTable<&'static [u8], &'static [u8]>, ImageMark), BaseError> {
+fn read_state(database: &Database) -> Result<(StateTable, ImageMark), BaseError> {
     let txn = database.begin_read().map_err(wrong)?;
     let marks = txn.open_table(MARK).map_err(wrong)?;
     let mark = match marks.get("mark").map_err(wrong)? {
@@ -193,7 +194,7 @@ impl Base for RedbBase {
 }
 
 struct RedbReader {
-    table: ReadOnlyTable<&'static [u8], &'static [u8]>,
+    table: StateTable,
     mark: ImageMark,
     after: Option<Vec<u8>>,
 }
