@@ -30,7 +30,9 @@ pub struct RedbBase {
     database: Arc<Database>,
     table: StateTable,
     mark: ImageMark,
-    jobs: Sender<Job>,
+    /// None only while being dropped.
+    jobs: Option<Sender<Job>>,
+    writer: Option<std::thread::JoinHandle<()>>,
     outcomes: Receiver<Result<(), BaseError>>,
 }
 
@@ -71,23 +73,34 @@ impl RedbBase {
         txn.commit().map_err(wrong)?;
         let (jobs, job_queue) = channel();
         let (outcome_queue, outcomes) = channel();
-        let writer = database.clone();
-        std::thread::Builder::new()
+        let shared = database.clone();
+        let writer = std::thread::Builder::new()
             .name("image-writer".to_owned())
             .spawn(move || {
                 while let Ok(job) = job_queue.recv() {
-                    if outcome_queue.send(run(&writer, job)).is_err() {
+                    if outcome_queue.send(run(&shared, job)).is_err() {
                         return;
                     }
                 }
             })
             .map_err(wrong)?;
         let (table, mark) = read_state(&database)?;
-        Ok(Self { database, table, mark, jobs, outcomes })
+        Ok(Self { database, table, mark, jobs: Some(jobs), writer: Some(writer), outcomes })
     }
 
     fn submit(&self, job: Job) {
-        self.jobs.send(job).expect("the writer thread lives as long as the image");
+        let jobs = self.jobs.as_ref().expect("only a dropped image has no writer");
+        jobs.send(job).expect("the writer thread lives as long as the image");
+    }
+}
+
+impl Drop for RedbBase {
+    fn drop(&mut self) {
+        // The writer ends what it is at and lets go of the file, so that it can be opened again.
+        self.jobs = None;
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
     }
 }
 
