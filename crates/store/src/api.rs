@@ -90,6 +90,12 @@ pub enum StoreRequest {
         /// The new tag.
         tag: Vec<u8>,
     },
+    /// Takes all blocks of a chunk out of the unsettled tail, and leaves them as they are: a copy that is about to be
+    /// brought up to date from another one no longer answers for them. Durable when answered.
+    ForgetTail {
+        /// The chunk.
+        chunk: ChunkId,
+    },
     /// Raises the lowest epoch that may write to a volume. Writes of a lower epoch that are not in the log yet fail from
     /// now on. Durable when answered.
     Fence {
@@ -103,7 +109,7 @@ pub enum StoreRequest {
         /// The volume; must have no chunks here.
         volume: VolumeId,
     },
-    /// Writes whole blocks.
+    /// Writes whole blocks. Sequence zero marks a repair: it does not enter the unsettled tail.
     Write {
         /// The chunk.
         chunk: ChunkId,

@@ -130,6 +130,12 @@ impl State {
                 Record::Fence { volume, epoch } => self.volumes.raise_fence(volume, epoch),
                 Record::Settle { volume, epoch, sequence } => self.settle(volume, (epoch, sequence)),
                 Record::Forget { volume } => self.volumes.forget(volume),
+                Record::ForgetTail { chunk } => {
+                    let owner = self.chunks.get_mut(chunk).ok_or("a tail of a chunk that does not exist")?;
+                    owner.tail = crate::tail::TailMap::default();
+                    owner.tail_entries = 0;
+                    self.volumes.tail_drop_chunk(owner.info.volume, chunk);
+                }
             }
         }
         Ok(())
@@ -181,6 +187,9 @@ impl State {
     }
 
     fn add_tail(&mut self, chunk: ChunkId, first: u32, count: u32, stamp: &Stamp, unmap: bool) {
+        if stamp.sequence.0 == 0 {
+            return;
+        }
         let owner = self.chunks.get_mut(chunk).expect("replace() checked it");
         owner.tail.cover(first, first + count, (stamp.epoch, stamp.sequence));
         let (epoch, sequence) = (stamp.epoch, stamp.sequence);

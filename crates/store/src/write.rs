@@ -37,6 +37,7 @@ pub(crate) enum Change {
     Delete,
     SetVersion(ChunkVersion),
     SetTag(Vec<u8>),
+    ForgetTail,
     Fence(VolumeId, Epoch),
     Forget(VolumeId),
 }
@@ -229,6 +230,10 @@ impl Engine {
                 }
                 mutation.chunk = chunk;
                 mutation.change = Change::SetTag(tag);
+            }
+            StoreRequest::ForgetTail { chunk } => {
+                mutation.chunk = chunk;
+                mutation.change = Change::ForgetTail;
             }
             StoreRequest::Fence { volume, epoch } => mutation.change = Change::Fence(volume, epoch),
             StoreRequest::ForgetVolume { volume } => {
@@ -688,6 +693,7 @@ fn record_piece(mutation: &Mutation, first: u32, blocks: u32, writer: &mut Recor
         Change::Delete => writer.delete(chunk),
         Change::SetVersion(version) => writer.set_version(chunk, *version),
         Change::SetTag(tag) => writer.set_tag(chunk, tag),
+        Change::ForgetTail => writer.forget_tail(chunk),
         Change::Fence(volume, epoch) => writer.fence(*volume, *epoch),
         Change::Forget(volume) => writer.forget(*volume),
     }

@@ -60,6 +60,7 @@ pub(crate) enum Record<'a> {
     Fence { volume: VolumeId, epoch: Epoch },
     Settle { volume: VolumeId, epoch: Epoch, sequence: Sequence },
     Forget { volume: VolumeId },
+    ForgetTail { chunk: ChunkId },
 }
 
 /// Version, epoch and sequence of a write.
@@ -144,6 +145,11 @@ impl RecordWriter {
     pub(crate) fn settle(&mut self, volume: VolumeId, epoch: Epoch, sequence: Sequence) {
         self.begin(8, 0, 0);
         self.words(&[volume.0, epoch.0, sequence.0]);
+    }
+
+    pub(crate) fn forget_tail(&mut self, chunk: ChunkId) {
+        self.begin(10, 0, 0);
+        self.words(&[chunk.0]);
     }
 
     pub(crate) fn forget(&mut self, volume: VolumeId) {
@@ -324,6 +330,7 @@ fn decode_record<'a>(take: &mut Take<'a>) -> Option<Record<'a>> {
             sequence: Sequence(take.u64()?),
         },
         9 => Record::Forget { volume: VolumeId(take.u64()?) },
+        10 => Record::ForgetTail { chunk: ChunkId(take.u64()?) },
         _ => return None,
     })
 }
