@@ -66,8 +66,6 @@ pub struct Node {
 /// A client's link to one node.
 #[derive(Default)]
 pub struct Client {
-    pub node: usize,
-    link: u64,
     next_id: u64,
     pub calls: BTreeMap<u64, Result<CsReply, CsError>>,
     pub data: BTreeMap<u64, (DataReply, Buf)>,
@@ -431,7 +429,7 @@ impl World {
         self.accepted += 1;
         let accepted = LinkId(LinkId::ACCEPTED | self.accepted);
         let client = self.clients.len();
-        self.clients.push(Client { node, link: accepted.0, next_id: 1, ..Client::default() });
+        self.clients.push(Client { next_id: 1, ..Client::default() });
         let (here, there) = (End::Client(client), End::Node(node, accepted));
         self.routes.insert(here, there);
         self.routes.insert(there, here);
@@ -605,3 +603,12 @@ pub fn rebuild(node: usize, version: u64, since: u64, sources: &[usize]) -> CsOr
     }
 }
 
+
+impl World {
+    pub fn prepare_stop(&mut self, node: usize) {
+        let now = self.clock();
+        let mut out = Effects::default();
+        self.nodes[node].core.as_mut().expect("the node is up").prepare_stop(now, &mut out);
+        self.carry_out(node, out);
+    }
+}

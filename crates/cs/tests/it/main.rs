@@ -1,0 +1,7 @@
+//! The chunk server core over the real store and simulated disks, driven event by event.
+
+mod basics;
+mod faults;
+mod random;
+mod rebuilds;
+mod world;
