@@ -83,7 +83,7 @@ impl CsCore {
                 Waiting::Data(call) => {
                     self.client_depth -= 1;
                     // A closed link takes its queued requests along: they must not run after a newer link's.
-                    if !self.links.is_up(call.caller.link) {
+                    if !self.links.is_up(call.caller.link) && !planted!("cs_old_link_still_served") {
                         continue;
                     }
                     self.data_call_in_turn(now, call, out);
@@ -265,7 +265,9 @@ impl CsCore {
         // A copy from an earlier membership: blocks it wrote that the others may never have got are fetched as well.
         let base = known.map_or(Some(current), |copy| copy.base);
         let mut suspects = known.map(|copy| copy.suspects.clone()).unwrap_or_default();
-        suspects.extend(&tail);
+        if !planted!("cs_tail_forgotten_not_fetched") {
+            suspects.extend(&tail);
+        }
         let suspects = merge_runs(suspects);
         if suspects.len() > TAG_SUSPECTS_MAX {
             let order = Box::new(order);

@@ -17,7 +17,7 @@ fn ready(seed: u64) -> (World, usize) {
 }
 
 #[test]
-fn only_the_fenced_epoch_reads_and_writes_across_kill_and_power_cut() {
+pub fn only_the_fenced_epoch_reads_and_writes_across_kill_and_power_cut() {
     let (mut world, mut client) = ready(1);
     for round in 0..3u64 {
         let epoch = 5 + round;
@@ -144,7 +144,7 @@ fn the_tail_tells_unsettled_writes_and_survives_restarts() {
 }
 
 #[test]
-fn durable_marks_follow_flushes_and_the_timer() {
+pub fn durable_marks_follow_flushes_and_the_timer() {
     let (mut world, client) = ready(7);
     let (request, data) = write(1, 5, 1, 0, 1, 1);
     assert_eq!(world.data(client, &request, data).0.durable, Sequence(0));
@@ -261,7 +261,7 @@ fn a_peer_that_exceeds_its_window_is_cut_off() {
 }
 
 #[test]
-fn packets_of_an_older_link_never_follow_those_of_a_newer() {
+pub fn packets_of_an_older_link_never_follow_those_of_a_newer() {
     let (mut world, old) = ready(12);
     world.nodes[0].hold_disk = true;
     // A control operation under way makes what follows stand in line.

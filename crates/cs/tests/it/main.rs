@@ -2,6 +2,7 @@
 
 mod basics;
 mod faults;
+mod plants;
 mod random;
 mod rebuilds;
 mod world;

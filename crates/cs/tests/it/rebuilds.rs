@@ -19,11 +19,15 @@ fn source(world: &mut World, version: u64) -> usize {
     client
 }
 
-pub fn raise(world: &mut World, client: usize, since: u64, version: u64) {
+fn raise(world: &mut World, client: usize, since: u64, version: u64) {
+    raise_at(world, client, since, version, 5);
+}
+
+pub fn raise_at(world: &mut World, client: usize, since: u64, version: u64, epoch: u64) {
     let request = CsRequest::Raise {
         chunk: CHUNK,
         volume: VOLUME,
-        epoch: Epoch(5),
+        epoch: Epoch(epoch),
         since: ChunkVersion(since),
         version: ChunkVersion(version),
     };
@@ -147,7 +151,7 @@ fn a_copy_under_rebuild_takes_writes_and_serves_nothing_even_after_a_crash() {
 }
 
 #[test]
-fn a_stale_source_is_no_source_and_the_next_one_is_tried() {
+pub fn a_stale_source_is_no_source_and_the_next_one_is_tried() {
     let mut world = World::new(6, 3);
     let source = source(&mut world, 2);
     // Node 2 becomes a copy at 2 and then misses version 3.

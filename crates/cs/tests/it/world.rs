@@ -420,6 +420,18 @@ impl World {
         }
     }
 
+    /// Lets the clock go on and fires the timers that are due, without waiting for what is under way.
+    pub fn pass_without_settling(&mut self, duration: Duration) {
+        self.now += duration.as_nanos() as u64;
+        for node in 0..self.nodes.len() {
+            if self.nodes[node].wake_at.is_some_and(|at| at.0 <= self.now) {
+                self.nodes[node].wake_at = None;
+                self.step(node, Event::Timer);
+                self.turn(node);
+            }
+        }
+    }
+
     /// A client's link to a node, not greeted yet.
     pub fn dial(&mut self, node: usize) -> usize {
         self.dial_as(node, NodeId::Client(ClientId(2049)))
