@@ -1,2 +1,5 @@
-//! The one executable.
-fn main() {}
+//! The one executable. Everything is in `cairn-cli`; this turns its exit code into the process's.
+
+fn main() {
+    std::process::exit(cairn_cli::main());
+}

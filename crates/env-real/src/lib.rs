@@ -1,1 +1,26 @@
-//! placeholder
+//! The real shell: drives any [`cairn_wire::Process`] with TCP sockets, an io_uring and the clocks of this machine.
+//!
+//! One [`Reactor`] lives on one thread. Sockets belong to tokio (`current_thread`, epoll), disks to one ring; both were
+//! measured best on their own ground (`docs/design/runtime.md`). Invariants kept here:
+//! - a process is stepped by one task at a time and never from inside its own step;
+//! - a link is authenticated before its [`Up`](cairn_wire::NetEvent::Up), and nothing follows its `Down`;
+//! - a disk request completes exactly once, within its deadline, and its memory outlives the kernel's use of it;
+//! - memory per link and per disk is bounded, before authentication to a few kilobytes.
+//!
+//! Start reading at [`reactor`], then [`ring`] for disks and [`link`] for sockets. This is the only crate that asks the
+//! system for the time, and `unsafe` stands only in [`sys`] and [`ring`].
+
+pub mod clock;
+mod cutter;
+pub mod disk;
+mod fill;
+mod link;
+pub mod log;
+mod output;
+pub mod reactor;
+mod ring;
+mod sys;
+
+pub use disk::{Disk, DiskOptions, OpenDiskError};
+pub use reactor::{Identity, Reactor, ReactorConfig, ReactorOptions, Stats, Stopped, block_on_local};
+pub use sys::random_bytes;

@@ -1,0 +1,31 @@
+//! Exit codes, documented in `docs/guide/cli.md`.
+
+use cairn_client::ConnectError;
+use cairn_wire::mds::MdsError;
+
+/// Done.
+pub const DONE: i32 = 0;
+/// Failed; the reason is on stderr.
+pub const FAILED: i32 = 1;
+/// The arguments make no sense.
+pub const USAGE: i32 = 2;
+/// No metadata server answers.
+pub const UNREACHABLE: i32 = 3;
+/// The password or key was refused.
+pub const REFUSED: i32 = 4;
+
+/// The exit code for an error chain.
+pub fn code_of(error: &anyhow::Error) -> i32 {
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<ConnectError>() {
+            return if error.is_authentication() { REFUSED } else { UNREACHABLE };
+        }
+        if let Some(MdsError::Unavailable(_)) = cause.downcast_ref::<MdsError>() {
+            return UNREACHABLE;
+        }
+        if let Some(MdsError::Invalid(_)) = cause.downcast_ref::<MdsError>() {
+            return USAGE;
+        }
+    }
+    FAILED
+}

@@ -1,0 +1,136 @@
+//! Verbs of chunk servers: `make-cs`, `rm-cs`, `cs run`.
+
+use crate::context::{Context, address};
+use anyhow::{Context as _, Result, bail};
+use cairn_types::{CsId, HostId};
+use cairn_wire::mds::{CsInfo, CsState, MdsReply, MdsRequest};
+use clap::{Args, Subcommand};
+use std::path::{Path, PathBuf};
+
+/// Options of `make-cs`.
+#[derive(Args, Debug)]
+pub struct MakeCsArgs {
+    /// Directory on the disk to use; created if missing.
+    #[arg(short = 'r', value_name = "DIR")]
+    repository: PathBuf,
+    /// Address to listen on, `IP[:PORT]`; by default the address the metadata servers are reached from and any free port.
+    #[arg(short = 'a', value_name = "ADDR")]
+    addr: Option<String>,
+    /// Tier, 0 to 3.
+    #[arg(short = 't', default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+    tier: u8,
+    /// Space to use; by default nine tenths of what is free.
+    #[arg(long, value_parser = crate::size)]
+    size: Option<u64>,
+    /// Identity of the host, when several failure domains share this machine (tests).
+    #[arg(long)]
+    host_id: Option<HostId>,
+    /// Every acknowledged write is durable at once, for clients that never flush.
+    #[arg(long)]
+    durable_always: bool,
+}
+
+/// Options of `rm-cs`.
+#[derive(Args, Debug)]
+pub struct RmCsArgs {
+    /// Id of the server, as `list-services` shows it.
+    id: u32,
+    /// Waits until all its data is elsewhere.
+    #[arg(long)]
+    wait: bool,
+    /// Stops an ongoing removal.
+    #[arg(long, conflicts_with = "force")]
+    cancel: bool,
+    /// Drops an irrecoverably lost server at once.
+    #[arg(short = 'f')]
+    force: bool,
+}
+
+/// Verbs of the daemon.
+#[derive(Subcommand, Debug)]
+pub enum CsVerb {
+    /// Runs the chunk server of a repository in the foreground.
+    Run {
+        /// The repository directory.
+        #[arg(short = 'r', value_name = "DIR")]
+        repository: PathBuf,
+    },
+}
+
+/// Free bytes of the file system that holds `path` or its nearest existing parent.
+pub fn free_space(path: &Path) -> Option<u64> {
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
+    let output = cairn_env_real::free_bytes(existing).ok()?;
+    Some(output)
+}
+
+/// Runs `make-cs`.
+pub fn make(context: &Context, args: &MakeCsArgs) -> Result<()> {
+    let name = context.name()?;
+    let cluster = context.block_on(async |client| Ok(client.cluster_id()))?;
+    let addr = match &args.addr {
+        Some(text) => address(text, 0)?,
+        None => std::net::SocketAddr::new(route_to(context.mds()?[0])?, 0),
+    };
+    let host = args.host_id.map_or_else(|| context.host(), Ok)?;
+    let options = cairn_cs::MakeOptions {
+        dir: args.repository.clone(),
+        cluster_name: name.to_owned(),
+        cluster,
+        addr,
+        tier: args.tier,
+        size: args.size,
+        host,
+        durable_always: args.durable_always,
+    };
+    cairn_cs::make_cs(&options)?;
+    eprintln!("chunk server of cluster {name} is made in {}", args.repository.display());
+    eprintln!("run it with: cairn cs run -r {}", args.repository.display());
+    Ok(())
+}
+
+/// The own address from which `to` is reached.
+fn route_to(to: std::net::SocketAddr) -> Result<std::net::IpAddr> {
+    let any: std::net::SocketAddr = if to.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
+    let socket = std::net::UdpSocket::bind(any)?;
+    socket.connect(to).with_context(|| format!("find the route to {to}"))?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// Runs `rm-cs`.
+pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
+    let cs = CsId(args.id);
+    context.call(MdsRequest::CsRemove { cs, force: args.force, cancel: args.cancel })?;
+    if !args.wait {
+        return Ok(());
+    }
+    context.block_on(async |client| {
+        loop {
+            let MdsReply::Topology { cs: servers, .. } = client.call(MdsRequest::Topology).await? else {
+                bail!("unexpected answer to Topology");
+            };
+            let left = servers.iter().find(|info: &&CsInfo| info.cs == cs);
+            match left.map(|info| (info.state, info.stats.chunks)) {
+                None | Some((CsState::Dropped, _)) => return Ok(()),
+                Some((CsState::Draining, chunks)) => eprintln!("{chunks} chunks left"),
+                Some((state, _)) => bail!("{cs} is {}: the removal was cancelled", super::cluster::state_word(state)),
+            }
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    })
+}
+
+/// Runs `cs run`.
+pub fn run(verb: &CsVerb) -> Result<()> {
+    let CsVerb::Run { repository } = verb;
+    let name = cairn_cs::cluster_name_of(repository)?;
+    let files = cairn_client::cluster::ClusterFiles::new(&name)?;
+    let config = cairn_cs::RunConfig {
+        dir: repository.clone(),
+        key: files.key()?,
+        mds: files.servers()?,
+        host_name: cairn_client::cluster::host_name(),
+    };
+    cairn_cs::run(config)?;
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! One file per group of verbs.
+
+pub mod attr;
+pub mod auth;
+pub mod cluster;
+pub mod cs;
+pub mod doctor;
+pub mod mds;
+pub mod mount;
+pub mod nbd;
+pub mod sim;
+pub mod volume;

@@ -1,0 +1,80 @@
+//! `cairn sim`: replays a seed, runs fresh ones, proves that planted bugs are found.
+
+use anyhow::{Result, bail};
+use cairn_sim::run::{Options, Outcome};
+use clap::Args;
+use std::time::{Duration, Instant};
+
+/// Options of `sim`.
+#[derive(Args, Debug)]
+pub struct SimArgs {
+    /// Replays one seed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Prints every event of the replay.
+    #[arg(long, requires = "seed")]
+    trace: bool,
+    /// Runs so many fresh seeds.
+    #[arg(long)]
+    seeds: Option<u64>,
+    /// Runs fresh seeds for so many minutes.
+    #[arg(long)]
+    minutes: Option<u64>,
+    /// Turns a planted bug on and reports the seed that found it; `all` for each in turn. Needs a build with `--features planted`.
+    #[arg(long)]
+    planted: Option<String>,
+    /// Runs the seeds of the regression list.
+    #[arg(long)]
+    regressions: bool,
+}
+
+/// Runs the verb.
+pub fn run(args: &SimArgs) -> Result<i32> {
+    if let Some(name) = &args.planted {
+        return cairn_sim::planted::prove(name).map_err(anyhow::Error::msg).map(i32::from);
+    }
+    if let Some(seed) = args.seed {
+        let outcome = cairn_sim::run::run(seed, &Options { verbose: args.trace, ..Options::default() });
+        println!("{outcome}");
+        return Ok(i32::from(outcome.is_broken()));
+    }
+    if args.regressions {
+        return Ok(run_all(cairn_sim::regressions(), None));
+    }
+    let first = u64::from_le_bytes(cairn_env_real::random_bytes()) >> 16;
+    match (args.seeds, args.minutes) {
+        (Some(count), None) => Ok(run_all(first..first + count, None)),
+        (None, Some(minutes)) => Ok(run_all(first.., Some(Duration::from_secs(60 * minutes)))),
+        _ => bail!("give one of --seed N, --seeds K, --minutes M, --planted NAME or --regressions"),
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
+fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>) -> i32 {
+    let begun = Instant::now();
+    let (mut count, mut virtual_ns, mut broken) = (0u64, 0u64, 0);
+    for seed in seeds {
+        if limit.is_some_and(|limit| begun.elapsed() >= limit) {
+            break;
+        }
+        if count == 0 {
+            eprintln!("first seed {seed}");
+        }
+        let outcome: Outcome = cairn_sim::run::run(seed, &Options::default());
+        count += 1;
+        virtual_ns += outcome.virtual_ns;
+        if outcome.is_broken() {
+            println!("{outcome}");
+            broken += 1;
+            if broken == 3 {
+                break;
+            }
+        }
+    }
+    let (real, simulated) = (begun.elapsed().as_secs_f64(), virtual_ns as f64 / 1e9);
+    println!(
+        "{count} seeds, {broken} broken, {simulated:.0} cluster-seconds in {real:.1} s ({:.0} x)",
+        simulated / real
+    );
+    i32::from(broken > 0)
+}

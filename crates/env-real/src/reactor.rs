@@ -1,0 +1,554 @@
+//! The loop that drives one process.
+//!
+//! Events are stepped where they arise: a link's task steps the frames it has read, the timer its event. Each of them
+//! then *schedules a turn*. The turn's task runs behind all tasks that are ready now, so one turn serves everything that
+//! had arrived: it collects disk completions, steps [`Event::Turn`], carries out the effects of all steps in order,
+//! writes every link that has output and submits the ring once.
+
+use crate::clock;
+use crate::disk::Disk;
+use crate::link::Links;
+use crate::log::{LogLimiter, LogSink, stderr_sink};
+use crate::ring::{Offloaded, Ring};
+use crate::sys;
+use cairn_env::DiskDone;
+use cairn_types::{ClusterId, Duration, Instant, NodeId};
+use cairn_wire::auth::ClusterKey;
+use cairn_wire::{DiskIndex, Effects, Event, NetEffect, Now, Process};
+use std::cell::{Cell, OnceCell, RefCell, RefMut};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+
+/// All links receive into one buffer of this size, one after the other.
+const SCRATCH_SIZE: usize = 256 << 10;
+/// After this many spins in vain a reactor spins only now and then.
+const SPIN_CREDIT_MAX: u32 = 8;
+/// ... namely after every so many turns.
+const SPIN_RETRY_TURNS: u32 = 16;
+
+/// Who this node is to its peers.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The secret of the cluster.
+    pub key: ClusterKey,
+    /// Name of the cluster.
+    pub cluster_name: String,
+    /// Identity of the cluster; learnt from the first peer that proves itself when not known.
+    pub cluster: Option<ClusterId>,
+    /// This node.
+    pub node: NodeId,
+}
+
+/// Knobs of a reactor.
+pub struct ReactorOptions {
+    /// After work, look for more for this many microseconds before sleeping. Zero sleeps at once.
+    pub spin_us: u32,
+    /// Most links in their handshake at a time; more are closed at once.
+    pub unauthenticated_max: usize,
+    /// A handshake must end within this time.
+    pub handshake_deadline: Duration,
+    /// A connection must be made within this time.
+    pub connect_deadline: Duration,
+    /// A link with more unsent bytes than this after a turn is closed.
+    pub output_max: usize,
+    /// Where log lines go.
+    pub log: LogSink,
+}
+
+impl Default for ReactorOptions {
+    fn default() -> Self {
+        Self {
+            spin_us: 0,
+            unauthenticated_max: 64,
+            handshake_deadline: Duration::from_secs(5),
+            connect_deadline: Duration::from_secs(3),
+            output_max: 64 << 20,
+            log: stderr_sink(),
+        }
+    }
+}
+
+/// What a reactor starts with.
+pub struct ReactorConfig {
+    /// Who this node is.
+    pub identity: Identity,
+    /// Sockets to accept links on, already listening.
+    pub listen: Vec<std::net::TcpListener>,
+    /// The disks, by [`DiskIndex`].
+    pub disks: Vec<Disk>,
+    /// Knobs.
+    pub options: ReactorOptions,
+}
+
+/// Why a reactor has stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// The process cannot go on, for this reason.
+    Fatal(String),
+    /// [`Reactor::stop`] was called.
+    Asked,
+}
+
+/// What a reactor has done since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Turns.
+    pub turns: u64,
+    /// Frames received.
+    pub frames_in: u64,
+    /// Frames sent.
+    pub frames_out: u64,
+    /// Requests to disks.
+    pub disk_requests: u64,
+    /// Completions of disks.
+    pub disk_completions: u64,
+}
+
+/// A process being driven on this thread. Clones are handles to the same one.
+pub struct Reactor<P: Process>(pub(crate) Rc<Inner<P>>);
+
+impl<P: Process> Clone for Reactor<P> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+type Hook<P> = Box<dyn FnMut(&Reactor<P>)>;
+
+/// Shared by the handle and the tasks of one reactor.
+pub(crate) struct Inner<P: Process> {
+    ring_ready: OnceCell<AsyncFd<OwnedFd>>,
+    state: RefCell<State<P>>,
+    hooks: RefCell<Vec<Hook<P>>>,
+    turn_due: Cell<bool>,
+    turn_waker: RefCell<Option<Waker>>,
+    timer_at: Cell<Instant>,
+    timer_changed: Notify,
+    stop_signal: Notify,
+    pub(crate) handshakes: Cell<usize>,
+    tasks: RefCell<Vec<AbortHandle>>,
+}
+
+/// Everything behind the one borrow that a step needs.
+pub(crate) struct State<P> {
+    pub(crate) process: P,
+    pub(crate) effects: Effects,
+    pub(crate) identity: Identity,
+    pub(crate) options: ReactorOptions,
+    pub(crate) links: Links,
+    pub(crate) scratch: Box<[u8]>,
+    pub(crate) stats: Stats,
+    pub(crate) limiter: LogLimiter,
+    /// Events that arose while effects were carried out; stepped at the start of the next turn.
+    pub(crate) deferred: VecDeque<Event>,
+    ring: Option<Ring>,
+    completions: Vec<(DiskIndex, DiskDone)>,
+    wake_at: Option<Instant>,
+    stopped: Option<Stopped>,
+}
+
+impl<P: Process> State<P> {
+    pub(crate) fn step(&mut self, now: Now, event: Event) {
+        if self.stopped.is_none() {
+            self.process.step(now, event, &mut self.effects);
+        }
+    }
+
+    pub(crate) fn log(&mut self, line: &str) {
+        (self.options.log)(line);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.is_some()
+    }
+}
+
+/// Runs `future` and everything it spawns on this thread: a runtime for one reactor and its front ends.
+///
+/// # Errors
+/// When the runtime cannot be built (no descriptors left).
+pub fn block_on_local<F: Future>(future: F) -> io::Result<F::Output> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let output = tokio::task::LocalSet::new().block_on(&runtime, future);
+    // A discard may hang in a broken device; leaving must not wait for it.
+    runtime.shutdown_background();
+    Ok(output)
+}
+
+impl<P: Process + 'static> Reactor<P> {
+    /// Starts driving `process` on this thread, inside a `LocalSet` ([`block_on_local`]). Its first event is
+    /// [`Event::Start`].
+    ///
+    /// # Errors
+    /// When a listener cannot be used or the kernel offers no io_uring (only needed with disks).
+    pub fn start(config: ReactorConfig, process: P) -> io::Result<Reactor<P>> {
+        sys::tune_allocator();
+        let inner = Rc::new(Inner {
+            ring_ready: OnceCell::new(),
+            state: RefCell::new(State {
+                process,
+                effects: Effects::default(),
+                identity: config.identity,
+                options: config.options,
+                links: Links::default(),
+                scratch: vec![0; SCRATCH_SIZE].into_boxed_slice(),
+                stats: Stats::default(),
+                limiter: LogLimiter::new(),
+                deferred: VecDeque::new(),
+                ring: None,
+                completions: Vec::new(),
+                wake_at: None,
+                stopped: None,
+            }),
+            hooks: RefCell::default(),
+            turn_due: Cell::new(false),
+            turn_waker: RefCell::default(),
+            timer_at: Cell::new(Instant(u64::MAX)),
+            timer_changed: Notify::new(),
+            stop_signal: Notify::new(),
+            handshakes: Cell::new(0),
+            tasks: RefCell::default(),
+        });
+        let reactor = Reactor(inner);
+        for disk in config.disks {
+            reactor.add_disk(disk)?;
+        }
+        for listener in config.listen {
+            listener.set_nonblocking(true)?;
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            reactor.0.spawn(Rc::clone(&reactor.0).accept_links(listener));
+        }
+        reactor.0.spawn(Rc::clone(&reactor.0).run_turns());
+        reactor.0.spawn(Rc::clone(&reactor.0).run_timer());
+        reactor.0.state().step(clock::now(), Event::Start);
+        reactor.0.schedule_turn();
+        Ok(reactor)
+    }
+
+    /// Adds a disk to a running process; the caller tells the process its index.
+    ///
+    /// # Errors
+    /// When there are too many, or the kernel offers no io_uring.
+    pub fn add_disk(&self, disk: Disk) -> io::Result<DiskIndex> {
+        let mut state = self.0.state.borrow_mut();
+        if state.ring.is_none() {
+            let ring = Ring::new()?;
+            let ready = ring.watch()?;
+            assert!(self.0.ring_ready.set(ready).is_ok(), "a reactor has one ring");
+            state.ring = Some(ring);
+        }
+        let index = state.ring.as_mut().expect("made above").add_disk(disk)?;
+        self.0.schedule_turn();
+        Ok(index)
+    }
+
+    /// Runs `f` on the process; what it leaves in the effects is carried out at the end of the turn that follows.
+    ///
+    /// # Panics
+    /// When called from inside a step of the same process; use [`Reactor::after_turn`] for what a step brings about.
+    pub fn with<R>(&self, f: impl FnOnce(&mut P, Now, &mut Effects) -> R) -> R {
+        let mut state = self.0.state.borrow_mut();
+        let State { process, effects, .. } = &mut *state;
+        let result = f(process, clock::now(), effects);
+        self.0.schedule_turn();
+        result
+    }
+
+    /// Sets the id this node has been given; links made from now on carry it.
+    pub fn set_identity_node(&self, node: NodeId) {
+        self.0.state.borrow_mut().identity.node = node;
+    }
+
+    /// Sets the cluster this node has joined; other clusters are refused from now on.
+    pub fn set_cluster(&self, cluster: ClusterId) {
+        self.0.state.borrow_mut().identity.cluster = Some(cluster);
+    }
+
+    /// The cluster this node belongs to, as set or learnt.
+    pub fn cluster(&self) -> Option<ClusterId> {
+        self.0.state.borrow().identity.cluster
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> Stats {
+        self.0.state.borrow().stats
+    }
+
+    /// Runs `hook` after every turn, outside of any borrow: it may call [`Reactor::with`].
+    pub fn after_turn(&self, hook: impl FnMut(&Reactor<P>) + 'static) {
+        self.0.hooks.borrow_mut().push(Box::new(hook));
+    }
+
+    /// Stops: links are written out once and closed, nothing is stepped any more. Disk writes already given to the
+    /// kernel complete.
+    pub fn stop(&self) {
+        self.0.halt(&mut self.0.state.borrow_mut(), Stopped::Asked);
+    }
+
+    /// Waits until the process has failed or [`Reactor::stop`] was called.
+    pub async fn stopped(&self) -> Stopped {
+        loop {
+            let signal = self.0.stop_signal.notified();
+            if let Some(stopped) = self.0.state.borrow().stopped.clone() {
+                return stopped;
+            }
+            signal.await;
+        }
+    }
+}
+
+impl<P: Process + 'static> Inner<P> {
+    pub(crate) fn state(&self) -> RefMut<'_, State<P>> {
+        self.state.borrow_mut()
+    }
+
+    /// Spawns a task that ends with the reactor.
+    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.tasks.borrow_mut().push(tokio::task::spawn_local(task).abort_handle());
+    }
+
+    /// Asks for a turn behind all tasks that are ready now.
+    pub(crate) fn schedule_turn(&self) {
+        if !self.turn_due.replace(true)
+            && let Some(waker) = self.turn_waker.borrow().as_ref()
+        {
+            waker.wake_by_ref();
+        }
+    }
+
+    pub(crate) fn halt(&self, state: &mut State<P>, why: Stopped) {
+        if state.stopped.is_some() {
+            return;
+        }
+        state.stopped = Some(why);
+        state.links.close_all();
+        self.tasks.borrow_mut().drain(..).for_each(|task| task.abort());
+        self.stop_signal.notify_waiters();
+    }
+
+    async fn run_turns(self: Rc<Self>) {
+        let (mut credit, mut skipped) = (SPIN_CREDIT_MAX, 0);
+        let spin = Duration::from_micros(u64::from(self.state.borrow().options.spin_us));
+        loop {
+            poll_fn(|cx| self.poll_work(cx)).await;
+            self.turn();
+            if spin.is_zero() {
+                continue;
+            }
+            skipped += 1;
+            if credit > 0 || skipped >= SPIN_RETRY_TURNS {
+                skipped = 0;
+                credit =
+                    if self.spin(spin).await { (credit + 1).min(SPIN_CREDIT_MAX) } else { credit.saturating_sub(1) };
+            }
+        }
+    }
+
+    /// Ready when a turn is due. A readable ring makes one due behind the tasks that are ready now.
+    fn poll_work(&self, cx: &mut Context<'_>) -> Poll<()> {
+        {
+            let mut waker = self.turn_waker.borrow_mut();
+            if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                *waker = Some(cx.waker().clone());
+            }
+        }
+        if self.turn_due.replace(false) {
+            return Poll::Ready(());
+        }
+        if let Some(ready) = self.ring_ready.get()
+            && let Poll::Ready(guard) = ready.poll_read_ready(cx)
+        {
+            match guard {
+                Ok(mut guard) => guard.clear_ready(),
+                Err(error) => {
+                    self.halt(&mut self.state.borrow_mut(), Stopped::Fatal(format!("watch the disk ring: {error}")));
+                }
+            }
+            // Registers for the next edge. What is here now may already have been collected by an earlier turn.
+            let again = ready.poll_read_ready(cx).is_ready();
+            if again || self.state.borrow_mut().ring.as_mut().is_some_and(Ring::poll_completions) {
+                self.schedule_turn();
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Looks for work without sleeping; true when there is some.
+    async fn spin(&self, limit: Duration) -> bool {
+        let end = clock::monotonic() + limit;
+        loop {
+            // Lets the other tasks run and polls the sockets once.
+            tokio::task::yield_now().await;
+            if self.turn_due.get() {
+                return true;
+            }
+            if self.state.borrow_mut().ring.as_mut().is_some_and(Ring::poll_completions) {
+                self.schedule_turn();
+                return true;
+            }
+            if clock::monotonic() >= end {
+                return false;
+            }
+        }
+    }
+
+    fn turn(self: &Rc<Self>) {
+        {
+            let state = &mut *self.state.borrow_mut();
+            if state.is_stopped() {
+                return;
+            }
+            state.stats.turns += 1;
+            let now = clock::now();
+            self.step_completions(state, now);
+            for _ in 0..state.deferred.len() {
+                let event = state.deferred.pop_front().expect("counted");
+                state.step(now, event);
+            }
+            state.step(now, Event::Turn);
+            self.carry_out(state, now);
+            self.finish_turn(state);
+        }
+        self.run_hooks();
+    }
+
+    fn step_completions(&self, state: &mut State<P>, now: Now) {
+        let Some(ring) = &mut state.ring else { return };
+        let mut completions = std::mem::take(&mut state.completions);
+        ring.drain(&mut completions);
+        state.stats.disk_completions += completions.len() as u64;
+        for (disk, done) in completions.drain(..) {
+            state.step(now, Event::Disk(disk, done));
+        }
+        state.completions = completions;
+    }
+
+    /// Carries out the effects of all steps since the last turn.
+    fn carry_out(self: &Rc<Self>, state: &mut State<P>, now: Now) {
+        for line in std::mem::take(&mut state.effects.log) {
+            state.log(&line);
+        }
+        if let Some(reason) = state.effects.fatal.take() {
+            return self.halt(state, Stopped::Fatal(reason));
+        }
+        if let Some(at) = state.effects.wake_at.take() {
+            state.wake_at = Some(state.wake_at.map_or(at, |earlier| earlier.min(at)));
+        }
+        let mut disk = std::mem::take(&mut state.effects.disk);
+        state.stats.disk_requests += disk.len() as u64;
+        for (index, request) in disk.drain(..) {
+            let ring = state.ring.as_mut().expect("a process with disk requests was started with disks");
+            ring.enqueue(now.mono, index, request);
+        }
+        state.effects.disk = disk;
+        let mut net = std::mem::take(&mut state.effects.net);
+        for effect in net.drain(..) {
+            match effect {
+                NetEffect::Connect { link, addr } => self.connect(state, link, addr),
+                NetEffect::Close { link } => state.links.close(link),
+                NetEffect::Send { link, kind, id, prefix, payload } => {
+                    state.stats.frames_out += u64::from(state.links.send(link, kind, id, &prefix, payload));
+                }
+            }
+        }
+        state.effects.net = net;
+    }
+
+    /// Writes the links, submits the ring, sets the timer.
+    fn finish_turn(self: &Rc<Self>, state: &mut State<P>) {
+        if state.is_stopped() {
+            return;
+        }
+        // The disks first: they work while the sockets are written.
+        if let Err(error) = state.ring.as_mut().map_or(Ok(()), Ring::submit) {
+            return self.halt(state, Stopped::Fatal(format!("submit to the disk ring: {error}")));
+        }
+        self.flush_links(state);
+        if let Some(ring) = &mut state.ring {
+            for discard in ring.take_offloaded() {
+                self.spawn_discard(discard);
+            }
+            if ring.has_work() {
+                self.schedule_turn();
+            }
+            let lines = ring.take_log();
+            lines.iter().for_each(|line| state.log(line));
+        }
+        if !state.deferred.is_empty() {
+            self.schedule_turn();
+        }
+        self.set_timer(state);
+    }
+
+    fn run_hooks(self: &Rc<Self>) {
+        let mut hooks = std::mem::take(&mut *self.hooks.borrow_mut());
+        if hooks.is_empty() {
+            return;
+        }
+        let handle = Reactor(Rc::clone(self));
+        hooks.iter_mut().for_each(|hook| hook(&handle));
+        let added = std::mem::replace(&mut *self.hooks.borrow_mut(), hooks);
+        self.hooks.borrow_mut().extend(added);
+    }
+
+    fn spawn_discard(self: &Rc<Self>, discard: Offloaded) {
+        let inner = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            let Offloaded { ticket, file, is_device, offset, len } = discard;
+            let work = tokio::task::spawn_blocking(move || match is_device {
+                true => sys::discard_device_range(&file, offset, len),
+                false => sys::punch_hole(&file, offset, len),
+            });
+            let result = work.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+            if let Some(ring) = &mut inner.state().ring {
+                ring.offloaded_done(ticket, result);
+            }
+            inner.schedule_turn();
+        });
+    }
+
+    fn set_timer(&self, state: &State<P>) {
+        let disks = state.ring.as_ref().and_then(Ring::check_at);
+        let at = [state.wake_at, disks].into_iter().flatten().min().unwrap_or(Instant(u64::MAX));
+        // A timer that is too early looks again; only one that is too late must be changed.
+        if at < self.timer_at.get() {
+            self.timer_at.set(at);
+            self.timer_changed.notify_one();
+        }
+    }
+
+    async fn run_timer(self: Rc<Self>) {
+        loop {
+            let at = self.timer_at.get();
+            if at == Instant(u64::MAX) {
+                self.timer_changed.notified().await;
+                continue;
+            }
+            let wait = at.saturating_since(clock::monotonic());
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.timer_changed.notified() => continue,
+            }
+            self.timer_at.set(Instant(u64::MAX));
+            let state = &mut *self.state.borrow_mut();
+            let now = clock::now();
+            self.step_completions(state, now);
+            if let Some(ring) = &mut state.ring {
+                ring.expire(now.mono);
+            }
+            if state.wake_at.is_some_and(|at| at <= now.mono) {
+                state.wake_at = None;
+                state.step(now, Event::Timer);
+            }
+            // The turn carries out what was asked and sets the timer anew.
+            self.schedule_turn();
+        }
+    }
+}

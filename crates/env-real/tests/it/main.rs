@@ -1,0 +1,5 @@
+//! The reactor over real loopback sockets and real files.
+
+mod disks;
+mod links;
+mod support;

@@ -1,0 +1,255 @@
+//! What happens to a call: decoded, answered at once, proposed, or kept until its read index is applied.
+
+use crate::base::Base;
+use crate::core::MdsCore;
+use cairn_consensus::ProposeError;
+use cairn_meta::{Command, Recipient};
+use cairn_stdx::FixedMap;
+use cairn_types::{ClientId, CsId, NodeId};
+use cairn_wire::mds::{Call, MdsError, MdsReply, MdsRequest, Push};
+use cairn_wire::{Effects, FrameKind, LinkId, Now};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Calls under way at most, over all links; beyond it a caller is told to come again.
+const CALLS_MAX: usize = 65_536;
+/// Orders in one answer to a heartbeat.
+pub(crate) const ORDERS_MAX: usize = 256;
+
+type Answer = Result<MdsReply, MdsError>;
+
+#[derive(Clone, Copy)]
+struct Asked {
+    link: LinkId,
+    id: u64,
+}
+
+/// Calls under way and the links they came by.
+#[derive(Default)]
+pub(crate) struct Calls {
+    token: u64,
+    writes: FixedMap<u64, Asked>,
+    reads: FixedMap<u64, (Asked, MdsRequest)>,
+    /// Reads whose index is known, until it is applied.
+    ready: VecDeque<(u64, u64)>,
+    peers: BTreeMap<LinkId, NodeId>,
+    sessions: BTreeMap<ClientId, LinkId>,
+    servers: BTreeMap<CsId, LinkId>,
+}
+
+impl Calls {
+    pub fn next_token(&mut self) -> u64 {
+        self.token += 1;
+        self.token
+    }
+
+    pub fn link_up(&mut self, link: LinkId, peer: NodeId) {
+        self.peers.insert(link, peer);
+    }
+
+    pub fn peer(&self, link: LinkId) -> Option<NodeId> {
+        self.peers.get(&link).copied()
+    }
+
+    /// Forgets a link; gives the chunk server that spoke over it.
+    pub fn forget_link(&mut self, link: LinkId) -> Option<CsId> {
+        self.peers.remove(&link);
+        self.sessions.retain(|_, other| *other != link);
+        let server = self.servers.iter().find(|(_, other)| **other == link).map(|(cs, _)| *cs)?;
+        self.servers.remove(&server);
+        Some(server)
+    }
+
+    pub fn bind_session(&mut self, client: ClientId, link: LinkId) {
+        if client.0 != 0 {
+            self.sessions.insert(client, link);
+        }
+    }
+
+    pub fn bind_server(&mut self, cs: CsId, link: LinkId) {
+        self.servers.insert(cs, link);
+    }
+
+    pub fn forget(&mut self, token: u64) {
+        self.writes.remove(&token);
+    }
+
+    pub fn answer(&mut self, token: u64, answer: &Answer, effects: &mut Effects) {
+        if let Some(asked) = self.writes.remove(&token) {
+            if let Ok(MdsReply::Session { client, .. }) = answer {
+                self.bind_session(*client, asked.link);
+            }
+            if let Ok(MdsReply::CsRegistered { cs, .. }) = answer {
+                self.bind_server(*cs, asked.link);
+            }
+            send_answer(asked, answer, effects);
+        }
+    }
+
+    pub fn read_ready(&mut self, token: u64, index: u64) {
+        self.ready.push_back((token, index));
+    }
+
+    pub fn drop_read(&mut self, token: u64, error: &MdsError, effects: &mut Effects) {
+        if let Some((asked, _)) = self.reads.remove(&token) {
+            send_answer(asked, &Err(error.clone()), effects);
+        }
+    }
+
+    /// Proposals of a leader that no longer leads: each will come back as committed or dropped, nothing to do for those;
+    /// pushes have no addressee any more.
+    pub fn lost_leadership(&mut self, effects: &mut Effects) {
+        // Sessions follow the leader: closing their links makes them look for it at once.
+        for (_, link) in std::mem::take(&mut self.sessions) {
+            effects.net.push(cairn_wire::NetEffect::Close { link });
+            self.peers.remove(&link);
+        }
+        for (_, link) in std::mem::take(&mut self.servers) {
+            effects.net.push(cairn_wire::NetEffect::Close { link });
+            self.peers.remove(&link);
+        }
+    }
+
+    pub fn push(&self, to: Recipient, push: &Push, effects: &mut Effects) {
+        let prefix = cairn_wire::encode(push);
+        let mut send = |link: LinkId| effects.send(link, FrameKind::MdsPush, 0, prefix.clone());
+        match to {
+            Recipient::Session(client) => self.sessions.get(&client).copied().into_iter().for_each(&mut send),
+            Recipient::Cs(cs) => self.servers.get(&cs).copied().into_iter().for_each(&mut send),
+            Recipient::Everyone => {
+                self.sessions.values().chain(self.servers.values()).copied().for_each(&mut send);
+            }
+        }
+    }
+}
+
+fn send_answer(asked: Asked, answer: &Answer, effects: &mut Effects) {
+    effects.send(asked.link, FrameKind::MdsReply, asked.id, cairn_wire::encode(answer));
+}
+
+impl<B: Base> MdsCore<B> {
+    /// A call arrived.
+    pub(crate) fn call(&mut self, now: Now, link: LinkId, id: u64, bytes: &[u8], effects: &mut Effects) {
+        let asked = Asked { link, id };
+        let call: Call = match cairn_wire::decode("call", bytes) {
+            Ok(call) => call,
+            Err(error) => {
+                effects.log.push(format!("link {link:?}: {error}"));
+                send_answer(asked, &Err(MdsError::Invalid(error.to_string())), effects);
+                return;
+            }
+        };
+        if self.calls.writes.len() + self.calls.reads.len() >= CALLS_MAX {
+            let error = MdsError::Unavailable("too many calls are under way".to_owned());
+            return send_answer(asked, &Err(error), effects);
+        }
+        match &call.request {
+            MdsRequest::MdsStatus => send_answer(asked, &Ok(self.own_status()), effects),
+            MdsRequest::SessionRenew => {
+                let answer = self.renew(now, link, call.session);
+                send_answer(asked, &answer, effects);
+            }
+            MdsRequest::CsHeartbeat { .. } if self.leading => self.heartbeat(now, asked, call, effects),
+            request if request.is_read() => {
+                let token = self.calls.next_token();
+                self.calls.reads.insert(token, (asked, call.request));
+                if let Err(error) = self.consensus.read_index(token, &mut self.out) {
+                    self.calls.drop_read(token, &MdsError::Unavailable(error.to_string()), effects);
+                }
+            }
+            _ => self.propose_call(now, asked, call, effects),
+        }
+    }
+
+    fn propose_call(&mut self, now: Now, asked: Asked, call: Call, effects: &mut Effects) {
+        self.calls.bind_session(call.session, asked.link);
+        self.duty.heard_session(call.session, now.mono);
+        let token = self.calls.next_token();
+        let command = Command::Call { call, wall_ns: now.wall_ns };
+        self.calls.writes.insert(token, asked);
+        if let Err(error) = self.consensus.propose(token, command.encode()) {
+            let error = match error {
+                ProposeError::NotLeader(_) => self.not_leader(),
+                ProposeError::Size { size, max } => {
+                    MdsError::Invalid(format!("the call takes {size} bytes, at most {max} are allowed"))
+                }
+                other => MdsError::Unavailable(other.to_string()),
+            };
+            self.calls.answer(token, &Err(error), effects);
+        }
+    }
+
+    fn renew(&mut self, now: Now, link: LinkId, client: ClientId) -> Answer {
+        if !self.leading {
+            return Err(self.not_leader());
+        }
+        if !self.meta.has_session(client) {
+            return Err(MdsError::SessionEnded(client));
+        }
+        self.calls.bind_session(client, link);
+        self.duty.heard_session(client, now.mono);
+        Ok(MdsReply::Done)
+    }
+
+    /// A heartbeat enters the log only when it says something that must last.
+    fn heartbeat(&mut self, now: Now, asked: Asked, call: Call, effects: &mut Effects) {
+        let MdsRequest::CsHeartbeat { cs, boot, stats, done, damaged, failed } = &call.request else {
+            unreachable!("only heartbeats come here")
+        };
+        self.calls.bind_server(*cs, asked.link);
+        let news = self.duty.heard_server(*cs, *boot, stats, now.mono);
+        let lasting = !done.is_empty() || !damaged.is_empty() || failed.is_some() || !self.meta.is_active(*cs);
+        if news || lasting {
+            return self.propose_call(now, asked, call, effects);
+        }
+        let orders = self.meta.orders_for(*cs, ORDERS_MAX);
+        send_answer(asked, &Ok(MdsReply::Orders(orders)), effects);
+    }
+
+    /// Answers the reads whose index has been applied.
+    pub(crate) fn answer_reads(&mut self, effects: &mut Effects) {
+        while let Some(&(token, index)) = self.calls.ready.front() {
+            if index > self.applied {
+                return;
+            }
+            self.calls.ready.pop_front();
+            if let Some((asked, request)) = self.calls.reads.remove(&token) {
+                let mut answer = self.meta.query(&request);
+                self.add_volatile(&mut answer);
+                send_answer(asked, &answer, effects);
+            }
+        }
+    }
+
+    /// Adds to an answer what only this server knows: who leads, figures of the last heartbeats.
+    fn add_volatile(&self, answer: &mut Answer) {
+        let leader = self.consensus.status().leader;
+        match answer {
+            Ok(MdsReply::Stat(stat)) => {
+                stat.leader = leader;
+                self.duty.freshen(&mut stat.cs);
+            }
+            Ok(MdsReply::Topology { cs, .. }) => self.duty.freshen(cs),
+            _ => {}
+        }
+    }
+
+    fn own_status(&self) -> MdsReply {
+        let status = self.consensus.status();
+        MdsReply::MdsStatus {
+            mds: self.config.id,
+            term: status.term,
+            leader: status.leader,
+            last: status.last,
+            committed: status.committed,
+            applied: self.applied,
+        }
+    }
+
+    /// A link of a client or a chunk server went down.
+    pub(crate) fn link_down(&mut self, now: Now, link: LinkId) {
+        if let Some(cs) = self.calls.forget_link(link) {
+            self.duty.lost_server(cs, now.mono);
+        }
+        self.images.link_down(link);
+    }
+}

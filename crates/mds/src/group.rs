@@ -1,0 +1,136 @@
+//! The other metadata servers: their addresses and the links this server opened to them.
+//!
+//! Each server sends over links it opened itself and receives over those the others opened. A message for a peer that
+//! cannot be reached is dropped: Raft repeats what matters.
+
+use crate::base::Base;
+use crate::core::MdsCore;
+use cairn_consensus::Members;
+use cairn_types::{Duration, Instant, MdsId, NodeId};
+use cairn_wire::mds::MdsInfo;
+use cairn_wire::{Effects, FrameKind, LinkId, NetEffect, Now};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+/// Pause between two attempts to reach a peer.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+
+struct Peer {
+    addr: SocketAddr,
+    link: Option<LinkId>,
+    up: bool,
+    retry_at: Instant,
+}
+
+/// Links to the other servers.
+pub(crate) struct Group {
+    own: MdsId,
+    next_link: u64,
+    peers: BTreeMap<MdsId, Peer>,
+    addrs: BTreeMap<MdsId, SocketAddr>,
+}
+
+impl Group {
+    pub fn new(own: MdsId, servers: &[MdsInfo]) -> Self {
+        let mut group = Self { own, next_link: 1, peers: BTreeMap::new(), addrs: BTreeMap::new() };
+        servers.iter().for_each(|info| group.know(info));
+        group
+    }
+
+    /// Learns or corrects the address of a server.
+    pub fn know(&mut self, info: &MdsInfo) {
+        self.addrs.insert(info.mds, info.addr);
+        if info.mds == self.own {
+            return;
+        }
+        let peer = Peer { addr: info.addr, link: None, up: false, retry_at: Instant(0) };
+        let known = self.peers.entry(info.mds).or_insert(peer);
+        known.addr = info.addr;
+    }
+
+    pub fn addr(&self, mds: MdsId) -> Option<SocketAddr> {
+        self.addrs.get(&mds).copied()
+    }
+
+    /// The link this server opened to a peer, if it is up.
+    pub fn link(&self, mds: MdsId) -> Option<LinkId> {
+        self.peers.get(&mds).filter(|peer| peer.up).and_then(|peer| peer.link)
+    }
+
+    pub fn send(&mut self, to: MdsId, bytes: Vec<u8>, effects: &mut Effects) {
+        if let Some(link) = self.link(to) {
+            effects.send(link, FrameKind::Raft, 0, bytes);
+        }
+    }
+
+    pub fn reconnect(&mut self, now: Instant, effects: &mut Effects) {
+        for peer in self.peers.values_mut().filter(|peer| peer.link.is_none() && now >= peer.retry_at) {
+            let link = LinkId(self.next_link);
+            self.next_link += 1;
+            peer.link = Some(link);
+            effects.net.push(NetEffect::Connect { link, addr: peer.addr });
+        }
+    }
+
+    pub fn link_up(&mut self, link: LinkId) {
+        if let Some(peer) = self.peers.values_mut().find(|peer| peer.link == Some(link)) {
+            peer.up = true;
+        }
+    }
+
+    /// A link ended; true when it was one of ours.
+    pub fn link_down(&mut self, link: LinkId, now: Instant) -> bool {
+        let Some(peer) = self.peers.values_mut().find(|peer| peer.link == Some(link)) else { return false };
+        peer.link = None;
+        peer.up = false;
+        peer.retry_at = now + RECONNECT_PAUSE;
+        true
+    }
+
+    /// Drops the peers that are no longer in `keep`.
+    fn retain(&mut self, keep: impl Fn(MdsId) -> bool, effects: &mut Effects) {
+        self.peers.retain(|id, peer| {
+            let kept = keep(*id);
+            if let (false, Some(link)) = (kept, peer.link) {
+                effects.net.push(NetEffect::Close { link });
+            }
+            kept
+        });
+    }
+}
+
+impl<B: Base> MdsCore<B> {
+    /// Learns the addresses the state knows.
+    pub(crate) fn refresh_group(&mut self) {
+        for entry in self.meta.metadata_servers() {
+            self.group.know(&entry.info);
+        }
+    }
+
+    pub(crate) fn members_changed(&mut self, members: &Members, effects: &mut Effects) {
+        self.refresh_group();
+        if !members.contains(self.config.id) && !members.voters.is_empty() && self.meta.is_bootstrapped() {
+            let known =
+                self.meta.metadata_servers().iter().any(|entry| entry.info.mds == self.config.id && !entry.leaving);
+            if !known {
+                effects.fatal = Some(format!(
+                    "this metadata server ({}) was removed from the cluster; its directory {} may be deleted",
+                    self.config.id, self.config.repository
+                ));
+            }
+        }
+        let admitted: Vec<MdsId> = self.meta.metadata_servers().iter().map(|entry| entry.info.mds).collect();
+        self.group.retain(|id| members.contains(id) || admitted.contains(&id), effects);
+    }
+
+    /// A Raft message arrived over a link; only metadata servers may send one.
+    pub(crate) fn raft_frame(&mut self, now: Now, link: LinkId, bytes: &[u8], effects: &mut Effects) {
+        let Some(NodeId::Mds(from)) = self.calls.peer(link) else {
+            effects.log.push(format!("link {link:?} sent a Raft message and is no metadata server"));
+            return self.close(link, effects);
+        };
+        if let Err(error) = self.consensus.receive(now.mono, from, bytes, &mut self.out) {
+            effects.log.push(format!("Raft message of {from} refused: {error}"));
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Checkers, one file per invariant or method. Checkers see everything; cores see only their events.
+
+pub mod shadow;
+pub mod zone;

@@ -1,0 +1,38 @@
+//! The whole check, the same here and in CI: format, lints, unit and property tests, simulation, system tests.
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+/// Fresh seeds of the simulator in one run.
+const SEEDS: &str = "400";
+
+/// Runs every step; stops at the first that fails.
+pub fn run(root: &Path) -> ExitCode {
+    let steps: [(&str, &[&str]); 8] = [
+        ("format", &["cargo", "fmt", "--all", "--check"]),
+        ("lints", &["cargo", "clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
+        ("house style", &["cargo", "xtask", "tidy"]),
+        ("requirements", &["cargo", "xtask", "requirements"]),
+        ("release build", &["cargo", "build", "--release", "-p", "cairn"]),
+        ("unit, property and system tests", &["cargo", "test", "--workspace", "--quiet", "--", "--test-threads=2"]),
+        ("regression seeds", &["target/release/cairn", "sim", "--regressions"]),
+        ("fresh seeds", &["target/release/cairn", "sim", "--seeds", SEEDS]),
+    ];
+    for (name, words) in steps {
+        println!("== {name}: {}", words.join(" "));
+        let status = Command::new(words[0]).args(&words[1..]).current_dir(root).status();
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(status) => {
+                eprintln!("{name} failed: {status}");
+                return ExitCode::FAILURE;
+            }
+            Err(error) => {
+                eprintln!("{name} could not run: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    println!("all checks passed");
+    ExitCode::SUCCESS
+}
