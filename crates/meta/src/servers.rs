@@ -1,0 +1,429 @@
+//! Chunk servers: joining, heartbeats, reports of copies, silence, removal.
+
+use crate::command::Answer;
+use crate::keys;
+use crate::kv::Kv;
+use crate::placement::{self, Slot, TIER_MAX};
+use crate::record::{Chunk, OrderKindRecord, Presence, Server};
+use crate::state::Meta;
+use cairn_types::{ChunkId, CsId, format_size};
+use cairn_wire::mds::{ChunkReport, CsState, CsStats, Location, MdsError, MdsReply, OrderDone, OrderKind, Severity};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+/// Most orders in the answer of one heartbeat.
+pub const ORDERS_MAX: usize = 256;
+/// Most copies in one piece of a report.
+pub const REPORT_MAX: usize = 65536;
+
+/// The fields of a registration.
+pub(crate) struct Registration {
+    pub store: [u8; 16],
+    pub addr: SocketAddr,
+    pub location: Location,
+    pub tier: u8,
+    pub capacity: u64,
+    pub repository: String,
+}
+
+/// The fields of a heartbeat.
+pub(crate) struct Heartbeat {
+    pub boot: u64,
+    pub stats: CsStats,
+    pub done: Vec<OrderDone>,
+    pub damaged: Vec<(ChunkId, u32)>,
+    pub failed: Option<String>,
+}
+
+impl<K: Kv> Meta<K> {
+    /// What placement sees, from the cache.
+    pub(crate) fn slots(&mut self) -> &[Slot] {
+        if self.slots.is_none() {
+            self.slots = Some(placement::slots(&self.servers, self.config("mds.alloc.fill_margin")));
+        }
+        self.slots.as_deref().expect("just filled")
+    }
+
+    pub(crate) fn cs_register(&mut self, cs: Option<CsId>, new: Registration) -> Answer {
+        if new.tier > TIER_MAX {
+            return Err(MdsError::Invalid(format!("tier {} is not 0 to {TIER_MAX}", new.tier)));
+        }
+        let by_store = self.servers.iter().find(|(_, server)| server.store == new.store).map(|(cs, _)| *cs);
+        let cs = match (cs, by_store) {
+            (Some(cs), _) if !self.servers.contains_key(&cs) => {
+                return Err(MdsError::Refused(format!(
+                    "{cs} is not of this cluster; make the store anew to join as a new server"
+                )));
+            }
+            (Some(cs), found) if found != Some(cs) => {
+                return Err(MdsError::Refused(format!("{cs} is known with another store; make the store anew")));
+            }
+            (_, found) => found,
+        };
+        let known = match cs.and_then(|cs| Some((cs, self.servers.get(&cs)?))) {
+            Some((cs, server)) if server.dropped => {
+                return Err(MdsError::Refused(format!("{cs} was removed from the cluster; make the store anew")));
+            }
+            known => known.map(|(cs, server)| (cs, server.clone())),
+        };
+        let is_new = known.is_none();
+        let cs = known.as_ref().map_or(CsId(self.globals.next_cs), |(cs, _)| *cs);
+        self.check_host_id(cs, &new.location);
+        let mut server = known.map_or_else(
+            || Server {
+                store: new.store,
+                addr: new.addr,
+                location: new.location.clone(),
+                tier: new.tier,
+                repository: String::new(),
+                presence: Presence::Active,
+                draining: false,
+                failed: None,
+                dropped: false,
+                boot: 0,
+                stats: CsStats::default(),
+                rebuilding: 0,
+                report_floor: ChunkId(0),
+            },
+            |(_, server)| server,
+        );
+        let was = server.state();
+        server.addr = new.addr;
+        server.location = new.location;
+        server.tier = new.tier;
+        server.repository = new.repository;
+        server.stats.capacity = new.capacity;
+        server.presence = Presence::Active;
+        // It could open its store, so the disk works again; what it lost shows in its report.
+        server.failed = None;
+        let state = server.state();
+        if is_new {
+            self.globals.next_cs += 1;
+            let text = format!(
+                "{cs} joined from {} with {} in tier {}",
+                server.location.host_name,
+                format_size(new.capacity),
+                new.tier
+            );
+            self.event(Severity::Info, "MDS-4001", text);
+        }
+        self.digest(&cairn_wire::encode(&server));
+        self.changed();
+        self.servers.insert(cs, server);
+        self.topology_changed();
+        if !is_new && state != was {
+            self.server_state_changed(cs, was);
+        }
+        let cluster = self.globals.identity.as_ref().expect("checked before dispatch").cluster;
+        Ok(MdsReply::CsRegistered { cs, cluster })
+    }
+
+    /// Cloned machines share a host id; then copies that should be on different hosts are not placed at all.
+    fn check_host_id(&mut self, cs: CsId, location: &Location) {
+        let twin = self.servers.iter().find(|(other, server)| {
+            **other != cs
+                && !server.dropped
+                && server.location.host == location.host
+                && server.location.host_name != location.host_name
+        });
+        if let Some((other, server)) = twin {
+            let text = format!(
+                "{cs} on {} and {other} on {} have the same host id {}: one machine was renamed or cloned; a clone needs \
+                 its own host_id file",
+                location.host_name, server.location.host_name, location.host
+            );
+            self.event(Severity::Warning, "MDS-4002", text);
+        }
+    }
+
+    pub(crate) fn cs_heartbeat(&mut self, cs: CsId, beat: Heartbeat) -> Answer {
+        let server = self.known_server(cs)?;
+        let was = server.state();
+        let failed_before = server.failed.clone();
+        server.boot = beat.boot;
+        server.stats = beat.stats;
+        server.presence = Presence::Active;
+        if beat.failed.is_some() {
+            server.failed = beat.failed;
+        }
+        let failed = server.failed.clone();
+        let is = server.state();
+        self.slots = None;
+        self.changed();
+        self.digest(&cairn_wire::encode(&(cs, beat.stats)));
+        if failed_before.is_none() {
+            if let Some(reason) = failed {
+                self.event(Severity::Error, "MDS-4003", format!("{cs}: its disk failed: {reason}"));
+            }
+        }
+        if is != was {
+            self.topology_changed();
+            self.server_state_changed(cs, was);
+        }
+        for done in beat.done.into_iter().take(REPORT_MAX) {
+            self.order_done(cs, &done);
+        }
+        let mut damaged: BTreeMap<ChunkId, u32> = BTreeMap::new();
+        for (chunk, block) in beat.damaged.into_iter().take(REPORT_MAX) {
+            damaged.entry(chunk).or_insert(block);
+        }
+        for (chunk, block) in damaged {
+            self.copy_damaged(cs, chunk, block);
+        }
+        Ok(MdsReply::Orders(self.orders_for(cs, ORDERS_MAX)))
+    }
+
+    fn known_server(&mut self, cs: CsId) -> Result<&mut Server, MdsError> {
+        match self.servers.get_mut(&cs) {
+            None => Err(MdsError::NotFound(cs.to_string())),
+            Some(server) if server.dropped => Err(MdsError::Refused(format!("{cs} was removed from the cluster"))),
+            Some(server) => Ok(server),
+        }
+    }
+
+    /// A scrub found a bad block: the whole copy goes and is made again elsewhere, unless it is the last one, whose good
+    /// blocks are still needed.
+    fn copy_damaged(&mut self, cs: CsId, id: ChunkId, block: u32) {
+        let Some((volume, index)) = self.place(cs, id) else { return };
+        let old = self.chunk(volume, index).expect("the index by server names chunks that exist");
+        if old.replica(cs).is_none() {
+            return;
+        }
+        let last = old.is_last_current(cs);
+        let fate = if last { "it is the only current copy and stays" } else { "the copy is replaced" };
+        let text = format!("{cs}: block {block} of {id} ({volume}, index {index}) is damaged; {fate}");
+        self.event(if last { Severity::Error } else { Severity::Warning }, "MDS-5001", text);
+        if !last {
+            let mut new = old.clone();
+            new.bump();
+            new.take_out(cs, true);
+            self.set_chunk(volume, index, Some(&old), Some(&mut new), true);
+            self.push_volume_map_changed(volume);
+        }
+    }
+
+    pub(crate) fn cs_report(&mut self, cs: CsId, after: ChunkId, chunks: &[ChunkReport], last: bool) -> Answer {
+        let floor = self.known_server(cs)?.report_floor;
+        let ascending = chunks.windows(2).all(|pair| pair[0].chunk < pair[1].chunk);
+        if chunks.len() > REPORT_MAX || !ascending || chunks.first().is_some_and(|first| first.chunk <= after) {
+            return Err(MdsError::Invalid(format!(
+                "a piece of a report is ascending and has at most {REPORT_MAX} chunks"
+            )));
+        }
+        self.changed();
+        let end = if last { ChunkId(u64::MAX) } else { chunks.last().map_or(after, |chunk| chunk.chunk) };
+        let mut reported = chunks.iter().peekable();
+        let (from, to) = (keys::copy(cs, ChunkId(after.0.saturating_add(1))), keys::after(&keys::copy(cs, end)));
+        for (key, value) in self.kv.scan(&from, &to, usize::MAX) {
+            let id = ChunkId(keys::number(&key, 5));
+            while let Some(orphan) = reported.next_if(|report| report.chunk < id) {
+                self.report_orphan(cs, orphan);
+            }
+            let (volume, index) = crate::state::decode_record(&value);
+            let old = self.chunk(volume, index).expect("the index by server names chunks that exist");
+            match reported.next_if(|report| report.chunk == id) {
+                Some(report) => self.report_copy(cs, report, (volume, index), &old),
+                None if id < floor => self.report_missing(cs, (volume, index), &old),
+                None => {}
+            }
+        }
+        for orphan in reported {
+            self.report_orphan(cs, orphan);
+        }
+        if last {
+            let next_chunk = ChunkId(self.globals.next_chunk);
+            self.known_server(cs)?.report_floor = next_chunk;
+        }
+        Ok(MdsReply::Orders(self.orders_for(cs, ORDERS_MAX)))
+    }
+
+    /// A copy we know nothing of: the chunk is gone, or the copy was replaced and forgotten.
+    fn report_orphan(&mut self, cs: CsId, report: &ChunkReport) {
+        if report.chunk.0 >= self.globals.next_chunk {
+            let text = format!(
+                "{cs} has {} which this cluster has not allocated yet: the metadata are older than the chunk server; nothing is \
+                 deleted",
+                report.chunk
+            );
+            self.event(Severity::Error, "MDS-5002", text);
+            return;
+        }
+        let standing = self.record(&keys::order(cs, report.chunk));
+        let order = crate::record::Order {
+            kind: OrderKindRecord::Delete,
+            volume: cairn_types::VolumeId(0),
+            index: 0,
+            version: report.version,
+        };
+        self.set_order(cs, report.chunk, standing, Some(order));
+    }
+
+    fn report_copy(&mut self, cs: CsId, report: &ChunkReport, place: (cairn_types::VolumeId, u64), old: &Chunk) {
+        let mut new = old.clone();
+        new.used = true;
+        // A current copy below the version with which it joined lost something: it is stale, whatever we thought.
+        let lagging = old.replica(cs).is_some_and(|replica| {
+            replica.role == cairn_wire::mds::ReplicaRole::Current && report.version < replica.since
+        });
+        if lagging && !old.is_last_current(cs) {
+            new.bump();
+            new.take_out(cs, false);
+            let text = format!("{cs} has {} at {} and should not be below {}", old.id, report.version, old.version);
+            self.event(Severity::Warning, "MDS-5003", text);
+        }
+        if new != *old {
+            let changed = new.version != old.version;
+            self.set_chunk(place.0, place.1, Some(old), Some(&mut new), changed);
+            if changed {
+                self.push_volume_map_changed(place.0);
+            }
+        }
+    }
+
+    /// A copy that should be there and is not.
+    fn report_missing(&mut self, cs: CsId, place: (cairn_types::VolumeId, u64), old: &Chunk) {
+        let mut new = old.clone();
+        match old.replica(cs).map(|replica| replica.role) {
+            None => new.stale.retain(|stale| stale.cs != cs),
+            Some(cairn_wire::mds::ReplicaRole::Current) if old.used && !old.is_last_current(cs) => {
+                new.bump();
+                new.take_out(cs, false);
+                new.stale.retain(|stale| stale.cs != cs);
+                let text = format!("{cs} no longer has its copy of {}; another one is made", old.id);
+                self.event(Severity::Warning, "MDS-5004", text);
+            }
+            Some(_) => return,
+        }
+        let changed = new.version != old.version;
+        self.set_chunk(place.0, place.1, Some(old), Some(&mut new), changed);
+        if changed {
+            self.push_volume_map_changed(place.0);
+        }
+    }
+
+    pub(crate) fn cs_silent(&mut self, cs: CsId, offline: bool) {
+        let presence = if offline { Presence::Offline } else { Presence::Inactive };
+        self.set_presence(cs, presence);
+    }
+
+    pub(crate) fn cs_back(&mut self, cs: CsId) {
+        self.set_presence(cs, Presence::Active);
+    }
+
+    fn set_presence(&mut self, cs: CsId, presence: Presence) {
+        let Some(server) = self.servers.get_mut(&cs).filter(|server| !server.dropped && server.presence != presence)
+        else {
+            return;
+        };
+        let was = server.state();
+        server.presence = presence;
+        self.changed();
+        self.digest(&cairn_wire::encode(&(cs, presence)));
+        self.topology_changed();
+        self.server_state_changed(cs, was);
+    }
+
+    /// Reports a change of state and looks at the chunks of the server again.
+    fn server_state_changed(&mut self, cs: CsId, was: CsState) {
+        let server = &self.servers[&cs];
+        let (is, host) = (server.state(), server.location.host_name.clone());
+        if is == was {
+            return;
+        }
+        let (severity, text) = match is {
+            CsState::Active => (Severity::Info, format!("{cs} on {host} is active")),
+            CsState::Inactive => (Severity::Warning, format!("{cs} on {host} is silent")),
+            CsState::Offline => {
+                let timeout = self.config("mds.wd.offline_tout");
+                let text =
+                    format!("{cs} on {host} has been silent for {timeout} s and is offline; its chunks are copied");
+                (Severity::Warning, text)
+            }
+            CsState::Draining => (Severity::Info, format!("{cs} on {host} is being drained")),
+            CsState::Failed => (Severity::Error, format!("{cs} on {host} failed")),
+            CsState::Dropped => (Severity::Info, format!("{cs} on {host} was removed")),
+        };
+        self.event(severity, "MDS-4010", text);
+        self.sweep_start(cs);
+    }
+
+    pub(crate) fn cs_remove(&mut self, cs: CsId, force: bool, cancel: bool) -> Answer {
+        let server = self.known_server(cs)?;
+        let was = server.state();
+        if cancel {
+            if !server.draining {
+                return Err(MdsError::Refused(format!("{cs} is not being removed")));
+            }
+            server.draining = false;
+        } else if force {
+            if matches!(was, CsState::Active | CsState::Draining) {
+                return Err(MdsError::Refused(format!(
+                    "{cs} answers; remove it without force, which moves its data first"
+                )));
+            }
+            let lost = self.only_copies(cs);
+            if lost > 0 {
+                return Err(MdsError::Refused(format!(
+                    "{lost} chunks have their only current copy on {cs}; bring it back, or delete the volumes that need them"
+                )));
+            }
+            self.known_server(cs)?.dropped = true;
+        } else {
+            self.check_drain(cs)?;
+            self.known_server(cs)?.draining = true;
+        }
+        self.changed();
+        self.digest(&cairn_wire::encode(&(cs, force, cancel)));
+        self.topology_changed();
+        self.server_state_changed(cs, was);
+        // A silent server that is drained stays inactive in name, yet its chunks count differently.
+        self.sweep_start(cs);
+        Ok(MdsReply::Done)
+    }
+
+    /// Chunks whose only current copy is on `cs`.
+    fn only_copies(&self, cs: CsId) -> usize {
+        let prefix = keys::server(keys::REPLICA, cs);
+        let replicas = self.kv.scan(&prefix, &keys::after(&prefix), usize::MAX);
+        let chunks = replicas
+            .iter()
+            .filter_map(|(key, _)| self.chunk(cairn_types::VolumeId(keys::number(key, 5)), keys::number(key, 13)));
+        chunks.filter(|chunk| chunk.is_last_current(cs)).count()
+    }
+
+    /// Refuses a drain that cannot end.
+    fn check_drain(&self, cs: CsId) -> Result<(), MdsError> {
+        let leaving = &self.servers[&cs];
+        let others = self.servers.iter().filter(|(other, server)| **other != cs && server.state() == CsState::Active);
+        let (count, free) = others.fold((0u64, 0u64), |(count, free), (_, server)| {
+            (count + 1, free.saturating_add(server.stats.capacity.saturating_sub(server.stats.used)))
+        });
+        let root = self.inode(cairn_types::InodeId::ROOT)?.policy;
+        if leaving.stats.used > 0 && count < u64::from(root.replicas) {
+            return Err(MdsError::Refused(format!(
+                "{count} active chunk servers would remain and {} replicas are wanted; add servers first, or lower replicas",
+                root.replicas
+            )));
+        }
+        if leaving.stats.used > free {
+            return Err(MdsError::Refused(format!(
+                "{cs} holds {} and the others have {} free; add space first",
+                format_size(leaving.stats.used),
+                format_size(free)
+            )));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn order_done(&mut self, cs: CsId, done: &OrderDone) {
+        let standing: Option<crate::record::Order> = self.record(&keys::order(cs, done.chunk));
+        let Some(order) = standing else { return };
+        match (order.kind, done.kind) {
+            (OrderKindRecord::Delete, OrderKind::Delete) => self.delete_done(cs, done, order),
+            (OrderKindRecord::Raise, OrderKind::Raise) => self.raise_done(cs, done, order),
+            (OrderKindRecord::Rebuild, OrderKind::Rebuild) => self.rebuild_done(cs, done),
+            // The answer to an order that was replaced meanwhile.
+            _ => {}
+        }
+    }
+}
