@@ -45,6 +45,12 @@ pub enum Notice {
     Push(Push),
     /// The session is open, or open again under another id.
     Session(ClientId, ClusterId),
+    /// The session could not be opened, says a metadata server.
+    Refused(MdsError),
+    /// A link to a metadata server stands.
+    Linked,
+    /// An attempt to reach a metadata server failed: so many since the last success, and how the last ones ended.
+    Unlinked(u64, String),
 }
 
 /// Finished work: a callback and its argument.
@@ -88,6 +94,8 @@ pub struct ClientCore {
     zeros: Buf,
     release: VecDeque<u64>,
     known_client: Option<ClientId>,
+    known_linked: bool,
+    known_failures: u64,
     topology_asked: bool,
     topology_at: Option<Instant>,
     idle_armed: bool,
@@ -113,6 +121,8 @@ impl ClientCore {
             zeros: Buf::zeroed(DATA_BLOCKS_MAX as usize * BLOCK_SIZE),
             release: VecDeque::new(),
             known_client: None,
+            known_linked: false,
+            known_failures: 0,
             topology_asked: false,
             topology_at: None,
             idle_armed: false,
@@ -146,11 +156,6 @@ impl ClientCore {
     /// Failed attempts to reach a metadata server since the last success, and how the last ones ended.
     pub fn failures(&self) -> (u64, String) {
         (self.session.failed_attempts, self.session.why_not().trim_start_matches("; ").to_owned())
-    }
-
-    /// Why the session could not be opened, when a metadata server said so.
-    pub fn refused(&self) -> Option<MdsError> {
-        self.session.refused.clone()
     }
 
     /// True after [`ClientCore::shutdown`] has run its course.
@@ -523,6 +528,17 @@ impl ClientCore {
     }
 
     fn note_session(&mut self) {
+        let (linked, failures) = (self.session.is_linked(), self.session.failed_attempts);
+        if linked != std::mem::replace(&mut self.known_linked, linked) && linked {
+            self.done.push(Completion::Notice(Notice::Linked));
+        }
+        if failures != std::mem::replace(&mut self.known_failures, failures) && failures > 0 {
+            let (count, why) = self.failures();
+            self.done.push(Completion::Notice(Notice::Unlinked(count, why)));
+        }
+        if let Some(error) = self.session.refused.take() {
+            self.done.push(Completion::Notice(Notice::Refused(error)));
+        }
         let client = self.session.client();
         if client != self.known_client {
             self.known_client = client;

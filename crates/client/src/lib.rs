@@ -14,13 +14,17 @@
 pub mod cluster;
 mod config;
 mod core;
+mod handle;
 mod io;
 mod servers;
 mod session;
+mod shell;
 mod slab;
 mod timers;
 mod volume;
 
 pub use config::*;
 pub use core::{ClientCore, Completion, Notice, OpenDone, VolumeHandle};
+pub use handle::Client;
 pub use session::CallDone;
+pub use shell::{LocalClient, LocalVolume};

@@ -113,7 +113,6 @@ struct Server {
     host: Option<HostId>,
     state: State,
     generation: u64,
-    boot: u64,
     base: u64,
     window: VecDeque<Option<Sent>>,
     in_flight: usize,
@@ -170,7 +169,6 @@ impl Servers {
             host: None,
             state: State::Idle,
             generation: 0,
-            boot: 0,
             base: 1,
             window: VecDeque::new(),
             in_flight: 0,
@@ -187,11 +185,6 @@ impl Servers {
 
     fn at(&mut self, number: u32) -> &mut Server {
         &mut self.servers[number as usize]
-    }
-
-    /// Boot number of the server's last hello; zero before the first.
-    pub(crate) fn boot(&self, number: u32) -> u64 {
-        self.servers[number as usize].boot
     }
 
     /// True when requests go out at once.
@@ -473,7 +466,6 @@ impl Servers {
         let server = self.at(number);
         match reply {
             Ok(Ok(CsReply::Hello { boot })) => {
-                server.boot = boot;
                 server.state = State::Up { link };
                 server.down_since = None;
                 server.reported = None;

@@ -9,6 +9,7 @@ use crate::io::Ctx;
 use crate::servers::{CallFor, Owner, ServerEvent};
 use cairn_types::Duration;
 use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
+use std::collections::BTreeSet;
 
 const LATER: Duration = Duration::from_secs(1);
 
@@ -125,12 +126,24 @@ impl Volume {
                 return;
             }
         };
-        let mut changed: Vec<u64> = Vec::new();
+        // The answer names every chunk asked about, changed or not: only another version is news.
+        let (mut changed, mut told) = (Vec::new(), BTreeSet::new());
         for entry in entries {
-            let cached = self.chunks.contains_key(&entry.index);
-            if cached || index == Some(entry.index) {
+            let Some(chunk) = self.chunks.get(&entry.index) else { continue };
+            told.insert(entry.index);
+            if chunk.entry.as_ref().is_none_or(|known| known.version < entry.version) {
                 changed.push(entry.index);
                 self.adopt_entry(ctx, entry, false);
+            }
+        }
+        if index.is_none() {
+            // An answer holds only so many entries; what did not fit is fetched where it matters now.
+            for (index, chunk) in &mut self.chunks {
+                let stands = chunk.entry.as_ref().is_some_and(|entry| entry.rep(slot).is_some());
+                if stands && !told.contains(index) && (chunk.active > 0 || chunk.unsettled > 0) {
+                    chunk.fetch = true;
+                    changed.push(*index);
+                }
             }
         }
         match index {

@@ -123,6 +123,7 @@ impl RangeLocks {
     }
 
     /// True when nothing is held or waited for.
+    #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         self.held.is_empty()
     }

@@ -83,7 +83,9 @@ impl Painting {
         self.split(first);
         self.split(end);
         let covered: Vec<u32> = self.0.range(first..end).map(|(at, _)| *at).collect();
-        covered.iter().for_each(|at| drop(self.0.remove(at)));
+        for at in covered {
+            self.0.remove(&at);
+        }
         self.0.insert(first, (end, origin));
     }
 
