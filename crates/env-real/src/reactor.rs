@@ -261,6 +261,14 @@ impl<P: Process + 'static> Reactor<P> {
         result
     }
 
+    /// Looks at the process without giving it anything to do: no turn follows.
+    ///
+    /// # Panics
+    /// As [`Reactor::with`].
+    pub fn peek<R>(&self, f: impl FnOnce(&mut P) -> R) -> R {
+        f(&mut self.0.state.borrow_mut().process)
+    }
+
     /// Sets the id this node has been given; links made from now on carry it.
     pub fn set_identity_node(&self, node: NodeId) {
         self.0.state.borrow_mut().identity.node = node;

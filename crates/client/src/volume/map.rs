@@ -1,0 +1,493 @@
+//! The chunk map cache, and what a chunk needs before it may be used.
+//!
+//! [`Volume::drive`] takes a chunk one step further: fetch its entry, allocate it, fence its servers, create it, raise it. When
+//! nothing is left it is *ready*: writes under way are matched with the replica set in force, and waiting parts start.
+//! A version change of a chunk with writes under way or unsettled always raises every replica before any of those writes may be
+//! acknowledged or settled without a server that left the set: only then do they stand in the new version, and a resync of that
+//! server will copy them (rule 2).
+
+use super::write::Body;
+use super::{Fence, State, Volume, VolumeCall};
+use crate::config::{MAP_CACHE_MAX, MAP_RUN, OnNoSpace, SizeRule};
+use crate::io::Ctx;
+use crate::servers::CallFor;
+use crate::timers::Timer;
+use cairn_env::block::BlockError;
+use cairn_types::{BLOCK_SIZE_U64, ChunkId, ChunkVersion, Duration, LayerId};
+use cairn_wire::cs::{CsError, CsReply, CsRequest};
+use cairn_wire::mds::{ChunkEntry, LeaseMode, MdsError, MdsReply, MdsRequest, ReplicaRole};
+
+/// Most indexes in one allocation (bound of the call).
+const ALLOCATE_MAX: usize = 64;
+/// Before a chunk whose state cannot change by our doing is looked at again.
+const LATER: Duration = Duration::from_secs(1);
+/// Before a chunk whose map entry lags behind its servers is looked at again.
+const SOON: Duration = Duration::from_millis(50);
+
+/// A replica of a chunk, by slot of its server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Rep {
+    pub slot: u16,
+    pub current: bool,
+    pub since: ChunkVersion,
+}
+
+/// The map entry of an allocated chunk.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Entry {
+    pub chunk: ChunkId,
+    pub layer: LayerId,
+    pub version: ChunkVersion,
+    pub minimum: usize,
+    pub reps: Vec<Rep>,
+}
+
+impl Entry {
+    pub(super) fn rep(&self, slot: u16) -> Option<&Rep> {
+        self.reps.iter().find(|rep| rep.slot == slot)
+    }
+
+    pub(super) fn current(&self) -> impl Iterator<Item = u16> + '_ {
+        self.reps.iter().filter(|rep| rep.current).map(|rep| rep.slot)
+    }
+
+    pub(super) fn is_below_minimum(&self) -> bool {
+        self.current().count() < self.minimum
+    }
+}
+
+/// One place of the cache.
+#[derive(Default)]
+pub(super) struct Chunk {
+    /// The entry, or none for a hole, is known.
+    pub known: bool,
+    pub entry: Option<Entry>,
+    /// The entry is to be fetched (again).
+    pub fetch: bool,
+    fetching: bool,
+    /// A hole that is to be allocated.
+    pub want: bool,
+    allocating: bool,
+    /// Allocated by us and not created everywhere yet.
+    pub create: bool,
+    /// Replicas may be below the entry's version.
+    pub raise: bool,
+    /// A failed copy is being reported.
+    pub failing: bool,
+    calls: u32,
+    round: u32,
+    delayed: bool,
+    /// Usable as it stands.
+    pub ready: bool,
+    pub waiting: Vec<u64>,
+    /// Parts in memory.
+    pub active: u32,
+    /// Unsettled writes.
+    pub unsettled: u32,
+    used: bool,
+}
+
+impl Volume {
+    /// The cache place of an index, made if absent.
+    pub(super) fn chunk(&mut self, index: u64) -> &mut Chunk {
+        if !self.chunks.contains_key(&index) {
+            if self.chunk_order.len() >= MAP_CACHE_MAX {
+                self.evict();
+            }
+            let chunk = Chunk { known: self.virgin, ..Chunk::default() };
+            self.chunks.insert(index, chunk);
+            self.chunk_order.push_back(index);
+        }
+        let chunk = self.chunks.get_mut(&index).expect("just made");
+        chunk.used = true;
+        chunk
+    }
+
+    /// Second chance, first in first out; what is in use stays.
+    fn evict(&mut self) {
+        for _ in 0..2 * self.chunk_order.len() {
+            let Some(index) = self.chunk_order.pop_front() else { return };
+            let Some(chunk) = self.chunks.get_mut(&index) else { continue };
+            let busy = chunk.active > 0 || chunk.unsettled > 0 || chunk.fetching || chunk.allocating || chunk.calls > 0;
+            if !busy && !chunk.used && chunk.waiting.is_empty() {
+                self.chunks.remove(&index);
+                self.virgin = false;
+                return;
+            }
+            chunk.used = false;
+            self.chunk_order.push_back(index);
+        }
+    }
+
+    /// The chunks `first..end` do not exist any more. `holes`: they are known to be holes now.
+    pub(super) fn forget_chunks(&mut self, first: u64, end: u64, holes: bool) {
+        self.tracker.drop_chunks(first, end);
+        let mut order = std::mem::take(&mut self.chunk_order);
+        for index in order.iter().filter(|index| (first..end).contains(*index)) {
+            let chunk = self.chunks.get_mut(index).expect("the order names what is cached");
+            chunk.entry = None;
+            chunk.ready = false;
+            chunk.known = holes || self.virgin;
+            chunk.fetch = false;
+        }
+        order.retain(|index| {
+            let chunk = &self.chunks[index];
+            let keep = chunk.active > 0 || chunk.unsettled > 0 || !chunk.waiting.is_empty() || chunk.known || chunk.calls > 0;
+            if !keep && (first..end).contains(index) && !chunk.fetching && !chunk.allocating {
+                self.chunks.remove(index);
+                return false;
+            }
+            true
+        });
+        self.chunk_order = order;
+    }
+
+    /// Takes over a map entry if it is news.
+    pub(super) fn adopt_entry(&mut self, ctx: &mut Ctx<'_>, entry: ChunkEntry, ours: bool) {
+        let mut reps = Vec::with_capacity(entry.replicas.len());
+        for replica in entry.replicas.iter().take(super::tracker::SET_MAX) {
+            let slot = self.slot_of(ctx, replica.cs);
+            reps.push(Rep { slot, current: replica.role == ReplicaRole::Current, since: replica.since });
+        }
+        let news = Entry {
+            chunk: entry.chunk,
+            layer: entry.layer,
+            version: entry.version,
+            minimum: usize::from(entry.minimum),
+            reps,
+        };
+        let chunk = self.chunk(entry.index);
+        let same_chunk = chunk.entry.as_ref().is_none_or(|old| old.chunk == news.chunk);
+        if same_chunk && chunk.entry.as_ref().is_some_and(|old| old.version >= news.version) {
+            return;
+        }
+        let first = chunk.entry.is_none();
+        chunk.known = true;
+        chunk.ready = false;
+        chunk.want = false;
+        chunk.create |= ours && first;
+        // A preparation for the old entry proves nothing for the new one.
+        chunk.round = chunk.round.wrapping_add(1);
+        chunk.calls = 0;
+        chunk.raise |= !first && (chunk.active > 0 || chunk.unsettled > 0);
+        chunk.entry = Some(news);
+    }
+
+    /// A part needs the chunk: it starts when the chunk is ready.
+    pub(super) fn wait_for_chunk(&mut self, ctx: &mut Ctx<'_>, index: u64, part: u64) {
+        self.chunk(index).waiting.push(part);
+        self.drive(ctx, index);
+    }
+
+    /// Looks at a chunk again after a while.
+    pub(super) fn delay_chunk(&mut self, ctx: &mut Ctx<'_>, index: u64, after: Duration) {
+        let chunk = self.chunk(index);
+        if !chunk.delayed {
+            chunk.delayed = true;
+            ctx.io.timers.after(ctx.io.now, after, Timer::Chunk(self.key, index));
+        }
+    }
+
+    /// The while has passed.
+    pub(crate) fn on_chunk_timer(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        if self.death().is_some() {
+            return;
+        }
+        if let Some(chunk) = self.chunks.get_mut(&index) {
+            chunk.delayed = false;
+            self.drive(ctx, index);
+            self.pump(ctx);
+        }
+    }
+
+    /// Takes a chunk one step towards being ready.
+    pub(super) fn drive(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let Some(chunk) = self.chunks.get_mut(&index) else { return };
+        if chunk.fetching || chunk.allocating || chunk.failing || chunk.calls > 0 || chunk.delayed {
+            return;
+        }
+        if !chunk.known || chunk.fetch {
+            chunk.ready = false;
+            self.fetch(ctx, index);
+            return;
+        }
+        let Some(entry) = &chunk.entry else {
+            if chunk.want {
+                chunk.allocating = true;
+                self.allocate.push(index);
+            } else {
+                chunk.ready = true;
+                self.run_waiting(ctx, index);
+            }
+            return;
+        };
+        let entry = entry.clone();
+        let (create, raise) = (chunk.create, chunk.raise);
+        let mut blocked = false;
+        for rep in &entry.reps {
+            if self.server(rep.slot).fence != Fence::Yes {
+                blocked = true;
+                self.server_mut(rep.slot).chunks.push(index);
+                self.ask_fence(ctx, rep.slot);
+            }
+        }
+        if blocked {
+            self.chunk(index).ready = false;
+            return;
+        }
+        if create || raise {
+            self.prepare(ctx, index, &entry, create);
+            return;
+        }
+        self.chunk(index).ready = true;
+        self.retarget(ctx, index);
+        self.run_waiting(ctx, index);
+        self.on_chunk_ready(ctx, index);
+    }
+
+    fn prepare(&mut self, ctx: &mut Ctx<'_>, index: u64, entry: &Entry, create: bool) {
+        let (volume, epoch, version, blocks) = (self.id, self.epoch, entry.version, self.chunk_blocks as u32);
+        let slots: Vec<Rep> = entry.reps.iter().filter(|rep| create || rep.since < version).copied().collect();
+        let chunk = self.chunk(index);
+        chunk.ready = false;
+        chunk.round = chunk.round.wrapping_add(1);
+        chunk.calls = slots.len() as u32;
+        let round = chunk.round;
+        if slots.is_empty() {
+            chunk.raise = false;
+            self.drive(ctx, index);
+            return;
+        }
+        for rep in slots {
+            let request = if create {
+                CsRequest::Create { chunk: entry.chunk, volume, layer: entry.layer, index, block_count: blocks, version, epoch }
+            } else {
+                CsRequest::Raise { chunk: entry.chunk, volume, epoch, since: rep.since, version }
+            };
+            self.cs_call(ctx, rep.slot, &request, CallFor::Prepare { index, round });
+        }
+    }
+
+    /// A server answered a create or a raise.
+    pub(super) fn on_prepared(
+        &mut self,
+        ctx: &mut Ctx<'_>,
+        slot: u16,
+        index: u64,
+        round: u32,
+        result: Result<CsReply, CsError>,
+    ) {
+        let on_no_space = ctx.config.on_no_space;
+        let Some(chunk) = self.chunks.get_mut(&index) else { return };
+        if chunk.round != round || chunk.calls == 0 {
+            return;
+        }
+        let Some(entry) = &chunk.entry else { return };
+        let (version, rep) = (entry.version, entry.rep(slot).copied());
+        let create = chunk.create;
+        match result {
+            Ok(_) => {
+                chunk.calls -= 1;
+                if chunk.calls == 0 {
+                    // A raise may follow a create that began in an earlier version.
+                    chunk.raise &= create;
+                    chunk.create = false;
+                    self.drive(ctx, index);
+                }
+                return;
+            }
+            Err(CsError::StaleEpoch { .. }) => {
+                self.die(ctx, BlockError::Fenced);
+                return;
+            }
+            Err(error) => {
+                // Whatever went wrong, this round is over; the next begins with a fresh look.
+                chunk.calls = 0;
+                chunk.round = chunk.round.wrapping_add(1);
+                match error {
+                    CsError::NotFenced(_) => {
+                        self.server_mut(slot).fence = Fence::No;
+                        self.drive(ctx, index);
+                    }
+                    CsError::VersionMismatch { current, .. } if current > version => {
+                        chunk.fetch = true;
+                        self.drive(ctx, index);
+                    }
+                    CsError::VersionMismatch { .. } | CsError::NoSuchChunk(_)
+                        if rep.is_some_and(|rep| !rep.current) =>
+                    {
+                        // A copy being rebuilt may not have begun: its writes are tried and judged on their own.
+                        chunk.raise = false;
+                        self.drive(ctx, index);
+                    }
+                    CsError::VersionMismatch { .. } | CsError::NoSuchChunk(_) => self.fail_copy(ctx, slot, index),
+                    CsError::NoSpace => {
+                        if on_no_space == OnNoSpace::Fail {
+                            self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
+                        }
+                        self.delay_chunk(ctx, index, LATER);
+                    }
+                    CsError::DiskFailed(_) => {
+                        self.fail_server(ctx, slot);
+                        self.delay_chunk(ctx, index, LATER);
+                    }
+                    error => {
+                        let cs = self.server(slot).cs;
+                        ctx.log(format!("{cs} refused to prepare chunk {index} of {}: {error}", self.id));
+                        self.delay_chunk(ctx, index, LATER);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Preparations under way may have lost an answer: they begin anew. Answers the chunks concerned.
+    pub(super) fn restart_preparations(&mut self) -> Vec<u64> {
+        let mut touched = Vec::new();
+        for (index, chunk) in self.chunks.iter_mut().filter(|(_, chunk)| chunk.calls > 0) {
+            chunk.calls = 0;
+            chunk.round = chunk.round.wrapping_add(1);
+            touched.push(*index);
+        }
+        touched.sort_unstable();
+        touched
+    }
+
+    fn fetch(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        self.chunk(index).fetching = true;
+        let request = MdsRequest::ChunkMap { volume: self.id, index, limit: MAP_RUN as u32 };
+        ctx.call(request, self.waiter(VolumeCall::Fetch { index }));
+    }
+
+    pub(super) fn on_fetched(&mut self, ctx: &mut Ctx<'_>, index: u64, result: Result<MdsReply, MdsError>) {
+        let Some(chunk) = self.chunks.get_mut(&index) else { return };
+        chunk.fetching = false;
+        let before = chunk.entry.as_ref().map(|entry| entry.version);
+        let again = chunk.known && chunk.fetch;
+        let entries = match result {
+            Ok(MdsReply::Chunks(entries)) => entries,
+            other => {
+                ctx.log(format!("the map of {} could not be read: {other:?}", self.id));
+                self.delay_chunk(ctx, index, LATER);
+                return;
+            }
+        };
+        chunk.fetch = false;
+        chunk.known = true;
+        let mut found = false;
+        let mut others = Vec::new();
+        for entry in entries {
+            found |= entry.index == index;
+            if entry.index != index {
+                others.push(entry.index);
+            }
+            // What lies past the index asked for is taken as it comes; an index nobody knew cannot have writes under way.
+            self.adopt_entry(ctx, entry, false);
+        }
+        let chunk = self.chunk(index);
+        if !found && chunk.entry.is_some() {
+            // Dropped behind our back: a truncation we have not been told of yet.
+            chunk.entry = None;
+            chunk.ready = false;
+            self.tracker.drop_chunks(index, index + 1);
+        }
+        let unchanged = again && found && self.chunk(index).entry.as_ref().map(|entry| entry.version) == before;
+        let urgent = self.chunk(index).raise || !unchanged;
+        if urgent {
+            self.drive(ctx, index);
+        } else {
+            self.delay_chunk(ctx, index, SOON);
+        }
+        for other in others {
+            if self.chunks.get(&other).is_some_and(|chunk| chunk.active > 0 || chunk.unsettled > 0) {
+                self.drive(ctx, other);
+            }
+        }
+    }
+
+    /// Sends the allocations asked for, one call at a time: what comes meanwhile goes together in the next.
+    pub(super) fn send_allocations(&mut self, ctx: &mut Ctx<'_>) {
+        if self.allocating || self.allocate.is_empty() || self.state != State::Open {
+            return;
+        }
+        self.allocating = true;
+        let count = self.allocate.len().min(ALLOCATE_MAX);
+        let indexes: Vec<u64> = self.allocate.drain(..count).collect();
+        let request = MdsRequest::ChunkAllocate { volume: self.id, epoch: self.epoch, indexes: indexes.clone() };
+        ctx.call(request, self.waiter(VolumeCall::Allocate { indexes }));
+    }
+
+    pub(super) fn on_allocated(&mut self, ctx: &mut Ctx<'_>, indexes: Vec<u64>, result: Result<MdsReply, MdsError>) {
+        self.allocating = false;
+        for index in &indexes {
+            self.chunk(*index).allocating = false;
+        }
+        match result {
+            Ok(MdsReply::Chunks(entries)) => {
+                entries.into_iter().for_each(|entry| self.adopt_entry(ctx, entry, true));
+                indexes.into_iter().for_each(|index| self.drive(ctx, index));
+            }
+            Err(MdsError::NoSpace(why)) => {
+                ctx.log(format!("no chunk for {}: {why}", self.id));
+                let fail = ctx.config.on_no_space == OnNoSpace::Fail;
+                for index in indexes {
+                    if fail {
+                        self.chunk(index).want = false;
+                        self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
+                        self.drive(ctx, index);
+                    } else {
+                        self.delay_chunk(ctx, index, LATER);
+                    }
+                }
+            }
+            other => {
+                let why = match other {
+                    Err(error) => error.to_string(),
+                    Ok(other) => format!("unexpected answer {other:?}"),
+                };
+                for index in indexes {
+                    self.chunk(index).want = false;
+                    self.fail_waiting_writes(ctx, index, &BlockError::Other(format!("allocate a chunk: {why}")));
+                    self.drive(ctx, index);
+                }
+            }
+        }
+    }
+
+    /// Allocates and creates the next chunk of a sequential writer before it gets there.
+    pub(super) fn allocate_ahead(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let next = index + 1;
+        let inside = self.rule == SizeRule::File
+            || next.saturating_mul(self.chunk_blocks).saturating_mul(BLOCK_SIZE_U64) < self.size;
+        if !inside || self.mode != LeaseMode::Exclusive {
+            return;
+        }
+        let chunk = self.chunk(next);
+        if chunk.known && chunk.entry.is_none() && !chunk.want {
+            chunk.want = true;
+            chunk.ready = false;
+            self.drive(ctx, next);
+        } else if !chunk.known {
+            self.drive(ctx, next);
+        }
+    }
+
+    /// Starts what waited for the chunk. Who cannot start queues again by itself.
+    fn run_waiting(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        for part in std::mem::take(&mut self.chunk(index).waiting) {
+            self.start_part(ctx, part);
+        }
+    }
+
+    fn fail_waiting_writes(&mut self, ctx: &mut Ctx<'_>, index: u64, error: &BlockError) {
+        let waiting = std::mem::take(&mut self.chunk(index).waiting);
+        for part in waiting {
+            let fresh = self.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0));
+            if fresh {
+                self.finish_part(ctx, part, Err(error.clone()));
+            } else {
+                self.chunk(index).waiting.push(part);
+            }
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Which writes are settled (rule 5): acknowledged, and durable on every server they were sent to.
+//!
+//! The tracker holds every unsettled write of one epoch in order of sequence. The mark `S` is the largest sequence such that
+//! every write up to it is acknowledged and each of its servers reported a durable mark at or above it. A server's durable
+//! mark is the *latest* it reported, not the highest: it falls when a write arrives late, and only the latest is true of what
+//! has been received until now.
+//!
+//! A server stays in the set of a write until the write is known to stand in a version without it (the chunk was raised on
+//! all others): dropping it earlier would let `S` pass a write that a stale copy lacks and a later resync would not copy.
+
+use std::collections::VecDeque;
+
+/// Most replicas of a chunk (R0114).
+pub(crate) const SET_MAX: usize = 15;
+
+/// A few servers of the volume, by slot.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub(crate) struct SlotSet {
+    len: u8,
+    slots: [u16; SET_MAX],
+}
+
+impl SlotSet {
+    /// Adds a slot unless it is there.
+    pub(crate) fn add(&mut self, slot: u16) {
+        if !self.contains(slot) {
+            assert!((self.len as usize) < SET_MAX, "a chunk has at most {SET_MAX} replicas");
+            self.slots[self.len as usize] = slot;
+            self.len += 1;
+        }
+    }
+
+    /// The slots.
+    pub(crate) fn as_slice(&self) -> &[u16] {
+        &self.slots[..self.len as usize]
+    }
+
+    /// True when `slot` is among them.
+    pub(crate) fn contains(&self, slot: u16) -> bool {
+        self.as_slice().contains(&slot)
+    }
+
+    /// Keeps what `keep` wants.
+    pub(crate) fn retain(&mut self, keep: impl Fn(u16) -> bool) {
+        let before = *self;
+        self.len = 0;
+        before.as_slice().iter().filter(|slot| keep(**slot)).for_each(|slot| self.add(*slot));
+    }
+}
+
+struct Entry {
+    servers: SlotSet,
+    index: u64,
+    bytes: u32,
+    acknowledged: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Mark {
+    durable: u64,
+    sent: u64,
+    frozen: bool,
+}
+
+/// The unsettled writes of one epoch.
+pub(crate) struct Tracker {
+    base: u64,
+    entries: VecDeque<Entry>,
+    marks: Vec<Mark>,
+    bytes: u64,
+}
+
+impl Tracker {
+    /// An empty tracker whose first sequence is `first`.
+    pub(crate) fn new(first: u64) -> Self {
+        assert!(first > 0, "sequences start at 1");
+        Self { base: first, entries: VecDeque::new(), marks: Vec::new(), bytes: 0 }
+    }
+
+    fn mark(&mut self, slot: u16) -> &mut Mark {
+        let slot = slot as usize;
+        if slot >= self.marks.len() {
+            self.marks.resize(slot + 1, Mark::default());
+        }
+        &mut self.marks[slot]
+    }
+
+    /// Numbers a new write to chunk `index`.
+    pub(crate) fn issue(&mut self, index: u64, bytes: u32) -> u64 {
+        self.entries.push_back(Entry { servers: SlotSet::default(), index, bytes, acknowledged: false });
+        self.bytes += u64::from(bytes);
+        self.last()
+    }
+
+    /// The last number given.
+    pub(crate) fn last(&self) -> u64 {
+        self.base + self.entries.len() as u64 - 1
+    }
+
+    /// The settled mark.
+    pub(crate) fn settled(&self) -> u64 {
+        self.base - 1
+    }
+
+    /// Number and bytes of unsettled writes.
+    pub(crate) fn load(&self) -> (usize, u64) {
+        (self.entries.len(), self.bytes)
+    }
+
+    fn entry(&mut self, sequence: u64) -> Option<&mut Entry> {
+        self.entries.get_mut(usize::try_from(sequence.checked_sub(self.base)?).ok()?)
+    }
+
+    /// Write `sequence` goes to the server in `slot`.
+    pub(crate) fn sent(&mut self, sequence: u64, slot: u16) {
+        self.entry(sequence).expect("an unacknowledged write is not settled").servers.add(slot);
+        let mark = self.mark(slot);
+        mark.sent = mark.sent.max(sequence);
+    }
+
+    /// Every replica of the set in force has write `sequence`.
+    pub(crate) fn acknowledge(&mut self, sequence: u64) {
+        self.entry(sequence).expect("an unacknowledged write is not settled").acknowledged = true;
+    }
+
+    /// Write `sequence` was refused everywhere: it needs nobody.
+    pub(crate) fn void(&mut self, sequence: u64) {
+        let entry = self.entry(sequence).expect("a refused write is not settled");
+        entry.servers = SlotSet::default();
+        entry.acknowledged = true;
+    }
+
+    /// The server in `slot` reported its durable mark.
+    pub(crate) fn durable(&mut self, slot: u16, durable: u64) -> bool {
+        let mark = self.mark(slot);
+        let news = !mark.frozen && mark.durable != durable;
+        if news {
+            mark.durable = durable;
+        }
+        news
+    }
+
+    /// The server in `slot` restarted: what it reported before means nothing, and nothing it reports counts until
+    /// [`Tracker::thaw`].
+    pub(crate) fn freeze(&mut self, slot: u16) {
+        let mark = self.mark(slot);
+        mark.frozen = true;
+        mark.durable = 0;
+    }
+
+    /// Everything up to `sequence` was reconciled and made durable anew: it needs no frozen server any more.
+    pub(crate) fn thaw(&mut self, sequence: u64) {
+        let frozen: Vec<bool> = self.marks.iter().map(|mark| mark.frozen).collect();
+        let is_frozen = |slot: u16| frozen.get(slot as usize).copied().unwrap_or(false);
+        let base = self.base;
+        for (at, entry) in self.entries.iter_mut().enumerate() {
+            if base + at as u64 <= sequence {
+                entry.servers.retain(|slot| !is_frozen(slot));
+            }
+        }
+        self.marks.iter_mut().for_each(|mark| mark.frozen = false);
+    }
+
+    /// True while a restarted server awaits reconciliation.
+    pub(crate) fn is_frozen(&self, slot: u16) -> bool {
+        self.marks.get(slot as usize).is_some_and(|mark| mark.frozen)
+    }
+
+    /// The server in `slot` restarted with nothing unsettled: all is well there.
+    pub(crate) fn set_clean(&mut self, slot: u16) {
+        let mark = self.mark(slot);
+        mark.durable = mark.sent;
+    }
+
+    /// Writes to chunk `index` need no server outside `keep`: the chunk was raised without it.
+    pub(crate) fn retarget(&mut self, index: u64, keep: impl Fn(u16) -> bool) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.index == index) {
+            entry.servers.retain(&keep);
+        }
+    }
+
+    /// The chunks `first..end` are gone; their writes need nobody.
+    pub(crate) fn drop_chunks(&mut self, first: u64, end: u64) {
+        for entry in self.entries.iter_mut().filter(|entry| (first..end).contains(&entry.index)) {
+            entry.servers = SlotSet::default();
+        }
+    }
+
+    /// True when an unsettled write up to `sequence` needs the server in `slot`.
+    pub(crate) fn needs(&self, slot: u16, sequence: u64) -> bool {
+        let count = usize::try_from((sequence + 1).saturating_sub(self.base)).unwrap_or(usize::MAX);
+        self.entries.iter().take(count).any(|entry| entry.servers.contains(slot))
+    }
+
+    /// Chunks with an unsettled write on the server in `slot`, ascending, each once.
+    pub(crate) fn chunks_on(&self, slot: u16) -> Vec<u64> {
+        let mut chunks: Vec<u64> =
+            self.entries.iter().filter(|entry| entry.servers.contains(slot)).map(|entry| entry.index).collect();
+        chunks.sort_unstable();
+        chunks.dedup();
+        chunks
+    }
+
+    /// True when the server in `slot` has everything ever sent to it durable.
+    pub(crate) fn is_clean(&self, slot: u16) -> bool {
+        self.marks.get(slot as usize).is_none_or(|mark| !mark.frozen && mark.durable >= mark.sent)
+    }
+
+    /// Highest sequence sent to the server in `slot`.
+    pub(crate) fn sent_to(&self, slot: u16) -> u64 {
+        self.marks.get(slot as usize).map_or(0, |mark| mark.sent)
+    }
+
+    /// Moves the settled mark as far as it goes and calls `settled` with the chunk of each write it passes.
+    pub(crate) fn advance(&mut self, mut settled: impl FnMut(u64)) {
+        while let Some(entry) = self.entries.front() {
+            let reached = |slot: &u16| self.marks[*slot as usize].durable >= self.base;
+            if !entry.acknowledged || !entry.servers.as_slice().iter().all(reached) {
+                return;
+            }
+            self.bytes -= u64::from(entry.bytes);
+            settled(entry.index);
+            self.entries.pop_front();
+            self.base += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Tracker;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Issue(Vec<u16>),
+        Acknowledge(usize),
+        Durable(u16, u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            prop::collection::vec(0u16..4, 1..4).prop_map(Step::Issue),
+            any::<usize>().prop_map(Step::Acknowledge),
+            (0u16..4, 0u64..60).prop_map(|(slot, mark)| Step::Durable(slot, mark)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_mark_is_what_the_rule_says(steps in prop::collection::vec(step(), 1..120)) {
+            let mut tracker = Tracker::new(1);
+            let mut writes: Vec<(Vec<u16>, bool)> = Vec::new();
+            let mut durable: BTreeMap<u16, u64> = BTreeMap::new();
+            let mut highest = 0;
+            for step in steps {
+                match step {
+                    Step::Issue(slots) => {
+                        let sequence = tracker.issue(0, 4096);
+                        slots.iter().for_each(|slot| tracker.sent(sequence, *slot));
+                        writes.push((slots, false));
+                        prop_assert_eq!(sequence as usize, writes.len());
+                    }
+                    Step::Acknowledge(which) => {
+                        let settled = tracker.settled() as usize;
+                        if settled < writes.len() {
+                            let at = settled + which % (writes.len() - settled);
+                            tracker.acknowledge(at as u64 + 1);
+                            writes[at].1 = true;
+                        }
+                    }
+                    Step::Durable(slot, mark) => {
+                        tracker.durable(slot, mark);
+                        durable.insert(slot, mark);
+                    }
+                }
+                tracker.advance(|_| ());
+                // The rule, word by word: every s' <= s acknowledged, and each server at or above the highest s' <= s sent to it.
+                let fits = |s: usize| {
+                    writes[..s].iter().all(|w| w.1)
+                        && (0u16..4).all(|slot| {
+                            let top = (1..=s).rev().find(|k| writes[k - 1].0.contains(&slot)).unwrap_or(0);
+                            durable.get(&slot).copied().unwrap_or(0) >= top as u64
+                        })
+                };
+                let naive = (0..=writes.len()).rev().find(|s| fits(*s)).unwrap_or(0);
+                // A mark once published stays: what was settled is settled although a server's mark falls later.
+                highest = highest.max(naive);
+                prop_assert!(tracker.settled() as usize <= highest);
+                prop_assert!(tracker.settled() as usize >= naive);
+            }
+        }
+    }
+
+    #[test]
+    fn a_frozen_server_holds_the_mark_until_reconciled() {
+        let mut tracker = Tracker::new(1);
+        for slot in [0, 1] {
+            assert_eq!(tracker.issue(3, 10), u64::from(slot) + 1);
+            tracker.sent(u64::from(slot) + 1, slot);
+            tracker.acknowledge(u64::from(slot) + 1);
+        }
+        tracker.freeze(1);
+        tracker.durable(0, 9);
+        tracker.durable(1, 9);
+        tracker.advance(|_| ());
+        assert_eq!((tracker.settled(), tracker.is_clean(1), tracker.needs(1, 2)), (1, false, true));
+        tracker.thaw(2);
+        tracker.advance(|_| ());
+        assert_eq!((tracker.settled(), tracker.load()), (2, (0, 0)));
+    }
+}

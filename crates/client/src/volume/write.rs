@@ -1,0 +1,507 @@
+//! One write or unmap at its replicas (rule 3), and the start of every kind of part.
+
+use super::map::Entry;
+use super::{Volume, flush};
+use crate::config::{UNSETTLED_BYTES_MAX, UNSETTLED_MAX};
+use crate::io::Ctx;
+use crate::servers::{Owner, Packet};
+use crate::timers::Timer;
+use cairn_env::Buf;
+use cairn_env::block::BlockError;
+use cairn_stdx::checksum::crc64;
+use cairn_stdx::planted;
+use cairn_types::{BLOCK_SIZE, ChunkVersion, Duration, Instant, Sequence};
+use cairn_wire::FrameKind;
+use cairn_wire::data::{DataOp, DataReply, DataRequest, DataStatus, FLAG_DURABLE};
+use std::rc::Rc;
+
+const SOON: Duration = Duration::from_millis(50);
+const LATER: Duration = Duration::from_secs(1);
+/// A replica being rebuilt may take so long to begin before it is given up.
+const REBUILD_BEGINS_WITHIN: Duration = Duration::from_secs(3);
+
+/// A piece of an operation: within one chunk.
+pub(super) struct Part {
+    pub op: u64,
+    pub index: u64,
+    pub first: u32,
+    pub count: u32,
+    pub internal: bool,
+    /// Under way: counted in [`Volume::started`].
+    pub started: bool,
+    pub body: Body,
+}
+
+pub(super) enum Body {
+    Read(ReadPart),
+    Write(Box<WritePart>),
+    Extents { next: u32, tried: Vec<u16> },
+}
+
+/// See [`super::read`].
+pub(super) struct ReadPart {
+    pub piece: usize,
+    /// Replicas to prefer.
+    pub sources: Vec<u16>,
+    /// Replicas that cannot answer, and what they said.
+    pub bad: Vec<(u16, DataStatus)>,
+    pub attempt: u32,
+    pub at: Option<u16>,
+    pub data: Option<Buf>,
+    pub confirms: u32,
+    pub verified: bool,
+}
+
+impl ReadPart {
+    pub(super) fn new(piece: usize, sources: Vec<u16>) -> Self {
+        Self { piece, sources, bad: Vec::new(), attempt: 0, at: None, data: None, confirms: 0, verified: false }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum At {
+    /// To be sent (again) when the chunk is ready.
+    Unsent,
+    Sent,
+    /// The server has no such chunk.
+    Missing,
+    Ok,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    slot: u16,
+    at: At,
+}
+
+pub(super) struct WritePart {
+    unmap: bool,
+    fua: bool,
+    data: Vec<Buf>,
+    checksums: Vec<u64>,
+    /// Zero until first sent.
+    pub sequence: u64,
+    packet: Option<(ChunkVersion, Rc<Packet>)>,
+    targets: Vec<Target>,
+    refused_since: Option<Instant>,
+    timer: bool,
+    /// Every target has it, but the chunk is below its minimum.
+    parked: bool,
+}
+
+impl WritePart {
+    pub(super) fn data(data: Vec<Buf>, fua: bool) -> Self {
+        let checksums = data.iter().flat_map(|buf| buf.chunks_exact(BLOCK_SIZE).map(crc64)).collect();
+        Self { data, checksums, ..Self::unmap(fua) }.mapped()
+    }
+
+    pub(super) fn unmap(fua: bool) -> Self {
+        Self {
+            unmap: true,
+            fua,
+            data: Vec::new(),
+            checksums: Vec::new(),
+            sequence: 0,
+            packet: None,
+            targets: Vec::new(),
+            refused_since: None,
+            timer: false,
+            parked: false,
+        }
+    }
+
+    fn mapped(self) -> Self {
+        Self { unmap: false, ..self }
+    }
+}
+
+impl Volume {
+    /// Starts a part as soon as nothing stands in its way.
+    pub(super) fn start_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let Some(part) = self.parts.get(id) else { return };
+        let (index, started) = (part.index, part.started);
+        if self.paused && !part.internal && !started {
+            self.held_parts.push_back(id);
+            return;
+        }
+        if !self.chunk(index).ready {
+            self.wait_for_chunk(ctx, index, id);
+            return;
+        }
+        match &self.parts.get(id).expect("just seen").body {
+            Body::Read(_) => self.start_read(ctx, id),
+            Body::Extents { .. } => self.start_extents(ctx, id),
+            Body::Write(_) => self.start_write(ctx, id),
+        }
+    }
+
+    /// The part goes out: from here on a reconciliation waits for it.
+    pub(super) fn mark_started(&mut self, id: u64) {
+        let part = self.parts.get_mut(id).expect("the caller holds it");
+        if !part.started {
+            part.started = true;
+            self.started += u32::from(!part.internal);
+        }
+    }
+
+    fn start_write(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let part = self.parts.get(id).expect("the caller holds it");
+        let (index, count, internal, first) = (part.index, part.count, part.internal, part.first);
+        let Body::Write(write) = &part.body else { unreachable!("only for writes") };
+        let (unmap, sequence) = (write.unmap, write.sequence);
+        if sequence != 0 {
+            return;
+        }
+        let Some(entry) = &self.chunk(index).entry else {
+            if unmap {
+                self.finish_part(ctx, id, Ok(None));
+                return;
+            }
+            let chunk = self.chunk(index);
+            chunk.want = true;
+            chunk.ready = false;
+            self.wait_for_chunk(ctx, index, id);
+            return;
+        };
+        if entry.is_below_minimum() {
+            self.chunk(index).waiting.push(id);
+            self.refetch_later(ctx, index);
+            return;
+        }
+        let slots: Vec<Target> = entry.reps.iter().map(|rep| Target { slot: rep.slot, at: At::Unsent }).collect();
+        let (unsettled, bytes) = self.tracker.load();
+        if !internal && (unsettled >= UNSETTLED_MAX / 2 || bytes >= UNSETTLED_BYTES_MAX / 2) {
+            self.flush_for_room(ctx);
+            if unsettled >= UNSETTLED_MAX || bytes >= UNSETTLED_BYTES_MAX {
+                self.throttled.push_back(id);
+                return;
+            }
+        }
+        self.mark_started(id);
+        let bytes = if unmap { 0 } else { count * BLOCK_SIZE as u32 };
+        let sequence = self.tracker.issue(index, bytes);
+        slots.iter().for_each(|target| self.tracker.sent(sequence, target.slot));
+        let chunk = self.chunk(index);
+        chunk.unsettled += 1;
+        let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { unreachable!("just seen") };
+        write.sequence = sequence;
+        write.targets = slots;
+        self.send_unsent(ctx, id);
+        if !unmap && u64::from(first + count) > self.chunk_blocks / 2 && self.is_sequential(index, first, count) {
+            self.allocate_ahead(ctx, index);
+        }
+    }
+
+    fn is_sequential(&self, index: u64, first: u32, count: u32) -> bool {
+        self.write_end == index * self.chunk_blocks + u64::from(first + count)
+    }
+
+    /// Asks for the entry again in a second: only the metadata servers can bring the chunk back to its minimum.
+    fn refetch_later(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        ctx.io.timers.after(ctx.io.now, LATER, Timer::Minimum(self.key, index));
+    }
+
+    /// Sends a write to every target that does not have it and is not being asked.
+    fn send_unsent(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let (volume, epoch, key) = (self.id, self.epoch, self.key);
+        let settled = self.tracker.settled();
+        let Some(part) = self.parts.get_mut(id) else { return };
+        let Body::Write(write) = &mut part.body else { return };
+        let Some(Some(entry)) = self.chunks.get(&part.index).map(|chunk| &chunk.entry) else { return };
+        if write.packet.as_ref().is_none_or(|(version, _)| *version != entry.version) {
+            let request = DataRequest {
+                op: if write.unmap { DataOp::Unmap } else { DataOp::Write },
+                flags: if write.fua { FLAG_DURABLE } else { 0 },
+                volume,
+                chunk: entry.chunk,
+                version: entry.version,
+                epoch,
+                sequence: Sequence(write.sequence),
+                settled: Sequence(settled),
+                first_block: part.first,
+                block_count: part.count,
+                checksums: std::mem::take(&mut write.checksums),
+            };
+            let mut prefix = Vec::with_capacity(64 + 8 * request.checksums.len());
+            request.encode(&mut prefix);
+            write.checksums = request.checksums;
+            let packet = Packet { kind: FrameKind::Data, prefix, payload: write.data.clone() };
+            write.packet = Some((entry.version, Rc::new(packet)));
+        }
+        let packet = write.packet.as_ref().expect("just made").1.clone();
+        for target in write.targets.iter_mut().filter(|target| target.at == At::Unsent) {
+            target.at = At::Sent;
+            let server = &mut self.servers[target.slot as usize];
+            server.told = server.told.max(settled);
+            let owner = Owner::Write { volume: key, part: id, slot: target.slot };
+            ctx.servers.send(&mut ctx.io, server.number, packet.clone(), owner);
+        }
+    }
+
+    /// A server answered a write.
+    pub(super) fn on_written(&mut self, ctx: &mut Ctx<'_>, id: u64, slot: u16, reply: &DataReply) {
+        self.note_durable(ctx, slot, reply);
+        let Some(part) = self.parts.get_mut(id) else { return };
+        let index = part.index;
+        let Body::Write(write) = &mut part.body else { return };
+        let Some(target) = write.targets.iter_mut().find(|target| target.slot == slot && target.at == At::Sent) else {
+            return;
+        };
+        if reply.status == DataStatus::Ok {
+            target.at = At::Ok;
+            self.check_write(ctx, id);
+            return;
+        }
+        target.at = At::Unsent;
+        let now = ctx.io.now;
+        let since = *write.refused_since.get_or_insert(now);
+        let chunk = self.chunks.get(&index).expect("a part pins its chunk");
+        let Some(entry) = &chunk.entry else { return };
+        let Some(rep) = entry.rep(slot).copied() else {
+            self.drive(ctx, index);
+            return;
+        };
+        let (version, detail) = (entry.version, ChunkVersion(reply.detail));
+        let rebuild_late = !rep.current && now.saturating_since(since) > REBUILD_BEGINS_WITHIN;
+        match reply.status {
+            DataStatus::VersionMismatch if detail > version => self.refetch(ctx, index),
+            DataStatus::VersionMismatch if detail == version => self.drive(ctx, index),
+            DataStatus::VersionMismatch | DataStatus::NoSuchChunk if !rep.current && !rebuild_late => {
+                // The order to rebuild has not reached the server yet; the entry may also have moved on.
+                self.retry_soon(ctx, id, SOON);
+            }
+            DataStatus::VersionMismatch if detail >= rep.since => {
+                let chunk = self.chunk(index);
+                chunk.raise = true;
+                chunk.ready = false;
+                self.drive(ctx, index);
+            }
+            DataStatus::NoSuchChunk if rep.current => {
+                if let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id)
+                    && let Some(target) = write.targets.iter_mut().find(|target| target.slot == slot)
+                {
+                    target.at = At::Missing;
+                }
+                self.check_missing(ctx, id);
+            }
+            DataStatus::NotFenced => {
+                self.server_mut(slot).fence = super::Fence::No;
+                let chunk = self.chunk(index);
+                chunk.ready = false;
+                self.drive(ctx, index);
+            }
+            DataStatus::NoSpace => self.on_no_space(ctx, id),
+            DataStatus::StaleEpoch => self.die(ctx, BlockError::Fenced),
+            DataStatus::DiskFailed => {
+                self.fail_server(ctx, slot);
+                self.retry_soon(ctx, id, LATER);
+            }
+            _ => {
+                ctx.log(format!(
+                    "{} refused a write to chunk {index} of {}: {:?} ({detail})",
+                    self.server(slot).cs,
+                    self.id,
+                    reply.status
+                ));
+                self.fail_copy(ctx, slot, index);
+            }
+        }
+    }
+
+    /// Asks for the entry now.
+    pub(super) fn refetch(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let chunk = self.chunk(index);
+        chunk.fetch = true;
+        chunk.ready = false;
+        self.drive(ctx, index);
+    }
+
+    /// Every current replica was asked and some have no such chunk: if none has it, it was allocated and never created, so it is
+    /// created now; otherwise those without it have lost it.
+    fn check_missing(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let Some(part) = self.parts.get(id) else { return };
+        let index = part.index;
+        let Body::Write(write) = &part.body else { return };
+        let Some(entry) = &self.chunks[&index].entry else { return };
+        let at = |slot| write.targets.iter().find(|target| target.slot == slot).map(|target| target.at);
+        if entry.current().any(|slot| !matches!(at(slot), Some(At::Ok | At::Missing))) {
+            return;
+        }
+        let missing: Vec<u16> = entry.current().filter(|slot| at(*slot) == Some(At::Missing)).collect();
+        let all = missing.len() == entry.current().count();
+        if missing.is_empty() {
+            return;
+        }
+        let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { return };
+        write.targets.iter_mut().filter(|t| t.at == At::Missing).for_each(|t| t.at = At::Unsent);
+        if all {
+            let chunk = self.chunk(index);
+            chunk.create = true;
+            chunk.ready = false;
+            self.drive(ctx, index);
+        } else {
+            self.fail_copy(ctx, missing[0], index);
+        }
+    }
+
+    fn on_no_space(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let Some(part) = self.parts.get(id) else { return };
+        let Body::Write(write) = &part.body else { return };
+        let untouched = write.targets.iter().all(|target| target.at == At::Unsent);
+        if ctx.config.on_no_space == crate::config::OnNoSpace::Fail && untouched && !part.internal {
+            // No replica took it, so all still hold what they held.
+            let sequence = write.sequence;
+            self.tracker.void(sequence);
+            self.finish_part(ctx, id, Err(BlockError::NoSpace));
+            self.advance(ctx);
+            return;
+        }
+        self.retry_soon(ctx, id, LATER);
+    }
+
+    fn retry_soon(&mut self, ctx: &mut Ctx<'_>, id: u64, after: Duration) {
+        if let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id)
+            && !write.timer
+        {
+            write.timer = true;
+            ctx.io.timers.after(ctx.io.now, after, Timer::Part(self.key, id));
+        }
+    }
+
+    /// Time to try a part again.
+    pub(crate) fn on_part_timer(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        if self.death().is_some() {
+            return;
+        }
+        let Some(part) = self.parts.get_mut(id) else { return };
+        let index = part.index;
+        match &mut part.body {
+            Body::Write(write) => {
+                write.timer = false;
+                if self.chunk(index).ready {
+                    self.send_unsent(ctx, id);
+                } else {
+                    self.drive(ctx, index);
+                }
+            }
+            Body::Read(_) | Body::Extents { .. } => self.start_part(ctx, id),
+        }
+        self.pump(ctx);
+    }
+
+    /// Time to look whether a chunk is back at its minimum.
+    pub(crate) fn on_minimum_timer(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let below = |entry: &Entry| entry.is_below_minimum();
+        if self.chunks.get(&index).is_some_and(|chunk| chunk.active > 0 && chunk.entry.as_ref().is_some_and(below)) {
+            self.refetch(ctx, index);
+            self.pump(ctx);
+        }
+    }
+
+    /// A write ends when every replica of the set in force has it, and the set is large enough.
+    fn check_write(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let Some(part) = self.parts.get_mut(id) else { return };
+        let Body::Write(write) = &mut part.body else { return };
+        let have = write.targets.iter().filter(|target| target.at == At::Ok).count();
+        let enough = if planted!("acknowledge_before_all_replicas") {
+            have + 1 >= write.targets.len()
+        } else {
+            have == write.targets.len()
+        };
+        if !enough {
+            if write.targets.iter().any(|target| target.at == At::Missing) {
+                self.check_missing(ctx, id);
+            }
+            return;
+        }
+        let (sequence, index) = (write.sequence, part.index);
+        if self.chunks[&index].entry.as_ref().is_some_and(Entry::is_below_minimum) {
+            write.parked = true;
+            if part.started && !part.internal {
+                part.started = false;
+                self.started -= 1;
+            }
+            self.refetch_later(ctx, index);
+            return;
+        }
+        self.tracker.acknowledge(sequence);
+        self.finish_part(ctx, id, Ok(None));
+        self.advance(ctx);
+    }
+
+    /// The chunk is ready in its present version: every write under way is matched with the set in force.
+    pub(super) fn retarget(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let Some(entry) = self.chunks.get(&index).and_then(|chunk| chunk.entry.clone()) else { return };
+        let busy = self.chunks[&index].active > 0;
+        let writes: Vec<u64> = if busy {
+            let mine = |part: &Part| part.index == index && matches!(&part.body, Body::Write(w) if w.sequence != 0);
+            self.parts.iter().filter(|(_, part)| mine(part)).map(|(id, _)| id).collect()
+        } else {
+            Vec::new()
+        };
+        self.tracker.retarget(index, |slot| entry.rep(slot).is_some());
+        for id in writes {
+            let Some(part) = self.parts.get_mut(id) else { continue };
+            let Body::Write(write) = &mut part.body else { continue };
+            let sequence = write.sequence;
+            for gone in write.targets.iter().filter(|t| entry.rep(t.slot).is_none()) {
+                let number = self.servers[gone.slot as usize].number;
+                ctx.servers.cancel(number, |owner| {
+                    matches!(owner, Owner::Write { volume, part, .. } if *volume == self.key && *part == id)
+                });
+            }
+            write.targets.retain(|target| entry.rep(target.slot).is_some());
+            let mut forget = planted!("forget_replica_in_version_change");
+            for rep in &entry.reps {
+                if !write.targets.iter().any(|target| target.slot == rep.slot) {
+                    let at = if std::mem::take(&mut forget) { At::Ok } else { At::Unsent };
+                    write.targets.push(Target { slot: rep.slot, at });
+                    self.tracker.sent(sequence, rep.slot);
+                }
+            }
+            if write.parked && !entry.is_below_minimum() {
+                write.parked = false;
+                self.mark_started(id);
+            }
+            self.send_unsent(ctx, id);
+            self.check_write(ctx, id);
+        }
+        self.advance(ctx);
+    }
+
+    /// Requests to a server were thrown away: their writes are to be sent again. Answers the chunks concerned.
+    pub(super) fn unsend(&mut self, slot: u16) -> Vec<u64> {
+        let mut chunks = Vec::new();
+        for id in self.parts.keys() {
+            let Some(Part { index, body: Body::Write(write), .. }) = self.parts.get_mut(id) else { continue };
+            for target in write.targets.iter_mut().filter(|t| t.slot == slot && t.at == At::Sent) {
+                target.at = At::Unsent;
+                chunks.push(*index);
+            }
+        }
+        chunks.sort_unstable();
+        chunks.dedup();
+        chunks
+    }
+
+    /// Takes the durable mark of an answer.
+    pub(super) fn note_durable(&mut self, ctx: &mut Ctx<'_>, slot: u16, reply: &DataReply) {
+        if reply.status == DataStatus::Ok && reply.epoch == self.epoch && self.tracker.durable(slot, reply.durable.0) {
+            self.advance(ctx);
+        }
+    }
+
+    /// Moves the settled mark and lets throttled writes go.
+    pub(super) fn advance(&mut self, ctx: &mut Ctx<'_>) {
+        let chunks = &mut self.chunks;
+        self.tracker.advance(|index| {
+            if let Some(chunk) = chunks.get_mut(&index) {
+                chunk.unsettled -= 1;
+            }
+        });
+        while !self.throttled.is_empty() && flush::has_room(&self.tracker) {
+            let part = self.throttled.pop_front().expect("not empty");
+            self.start_part(ctx, part);
+        }
+    }
+}

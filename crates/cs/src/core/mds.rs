@@ -1,0 +1,429 @@
+//! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
+//!
+//! One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are tried
+//! in turn with a bounded, growing pause. Data requests never wait for any of this.
+
+use super::control::{Audience, Control};
+use super::rebuild::RebuildOrder;
+use super::CsCore;
+use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
+use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
+use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+
+/// Time between heartbeats.
+pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
+/// Time between full chunk reports.
+pub const REPORT_EVERY: Duration = Duration::from_secs(3600);
+/// Copies in one piece of a report.
+pub const REPORT_PAGE: usize = 4096;
+/// A metadata server that does not answer for this long is left for another.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
+/// First and longest pause between attempts.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
+/// Finished orders kept until a heartbeat has told them; the metadata servers repeat orders that are forgotten.
+const DONE_MAX: usize = 16_384;
+/// Finished orders and damaged blocks in one heartbeat.
+const HEARTBEAT_LIST_MAX: usize = 1024;
+/// A server that points to a leader is believed this often in a row before the next pause.
+const HOPS_MAX: u32 = 3;
+
+#[derive(Debug)]
+enum Phase {
+    Pause { until: Instant },
+    Connecting { link: LinkId, until: Instant },
+    Up { link: LinkId },
+}
+
+#[derive(Debug)]
+enum Asked {
+    Register,
+    Heartbeat { done: usize, damaged: usize },
+    Report { last: bool },
+}
+
+/// State of the link.
+#[derive(Debug)]
+pub(super) struct MdsLink {
+    cs: Option<CsId>,
+    phase: Phase,
+    /// Next configured address to try.
+    target: usize,
+    /// Named by a follower.
+    leader: Option<SocketAddr>,
+    hops: u32,
+    backoff: Duration,
+    registered: bool,
+    ever_registered: bool,
+    next_id: u64,
+    outstanding: Option<(u64, Asked, Instant)>,
+    heartbeat_at: Instant,
+    report_at: Instant,
+    /// Copies still to be reported, ascending; and the highest id reported so far.
+    report: Option<(VecDeque<ChunkId>, ChunkId)>,
+    done: VecDeque<OrderDone>,
+    damaged: VecDeque<(ChunkId, u32)>,
+    /// Something changed that a heartbeat should tell now.
+    urgent: bool,
+    last_trouble: String,
+}
+
+impl MdsLink {
+    pub(super) fn new(cs: Option<CsId>) -> Self {
+        Self {
+            cs,
+            phase: Phase::Pause { until: Instant(0) },
+            target: 0,
+            leader: None,
+            hops: 0,
+            backoff: BACKOFF[0],
+            registered: false,
+            ever_registered: false,
+            next_id: 1,
+            outstanding: None,
+            heartbeat_at: Instant(0),
+            report_at: Instant(0),
+            report: None,
+            done: VecDeque::new(),
+            damaged: VecDeque::new(),
+            urgent: false,
+            last_trouble: String::new(),
+        }
+    }
+
+    pub(super) fn cs(&self) -> Option<CsId> {
+        self.cs
+    }
+
+    pub(super) fn begin(&mut self, now: Now) {
+        self.phase = Phase::Pause { until: now.mono };
+    }
+
+    pub(super) fn heartbeat_now(&mut self) {
+        self.urgent = true;
+    }
+
+    /// Remembers the end of an order for the next heartbeat.
+    pub(super) fn order_done(&mut self, done: OrderDone) {
+        if self.done.len() < DONE_MAX {
+            self.done.push_back(done);
+        }
+        self.urgent = true;
+    }
+
+    /// Remembers a damaged block; false when it is known already.
+    pub(super) fn note_damaged(&mut self, chunk: ChunkId, block: u32) -> bool {
+        if self.damaged.contains(&(chunk, block)) || self.damaged.len() >= super::DAMAGED_MAX {
+            return false;
+        }
+        self.damaged.push_back((chunk, block));
+        true
+    }
+
+    pub(super) fn wake_at(&self) -> Instant {
+        match &self.phase {
+            Phase::Pause { until } | Phase::Connecting { until, .. } => *until,
+            Phase::Up { .. } => match &self.outstanding {
+                Some((_, _, deadline)) => *deadline,
+                None if self.urgent => Instant(0),
+                None => self.heartbeat_at,
+            },
+        }
+    }
+
+    fn is_link(&self, link: LinkId) -> bool {
+        matches!(&self.phase, Phase::Connecting { link: own, .. } | Phase::Up { link: own } if *own == link)
+    }
+}
+
+impl CsCore {
+    /// Starts whatever is due on the link.
+    pub(super) fn mds_turn(&mut self, now: Now, out: &mut Effects) {
+        match self.mds.phase {
+            Phase::Pause { until } if now.mono >= until => self.mds_connect(now, out),
+            Phase::Connecting { until, .. } if now.mono >= until => self.mds_give_up(now, "no connection in time", out),
+            Phase::Up { link } => self.mds_ask(now, link, out),
+            Phase::Pause { .. } | Phase::Connecting { .. } => {}
+        }
+    }
+
+    fn mds_connect(&mut self, now: Now, out: &mut Effects) {
+        let addresses = &self.config.mds;
+        let next = self.mds.leader.take().or_else(|| {
+            let addr = addresses.get(self.mds.target % addresses.len().max(1)).copied();
+            self.mds.target = self.mds.target.wrapping_add(1);
+            addr
+        });
+        let Some(addr) = next else {
+            self.mds.phase = Phase::Pause { until: now.mono + BACKOFF[1] };
+            return;
+        };
+        let link = self.new_link();
+        self.mds.phase = Phase::Connecting { link, until: now.mono + 2 * ANSWER_PATIENCE };
+        out.net.push(NetEffect::Connect { link, addr });
+    }
+
+    fn mds_ask(&mut self, now: Now, link: LinkId, out: &mut Effects) {
+        if let Some((_, _, deadline)) = &self.mds.outstanding {
+            if now.mono >= *deadline {
+                self.mds_give_up(now, "no answer in time", out);
+            }
+            return;
+        }
+        let (asked, request) = match self.mds.cs.filter(|_| self.mds.registered) {
+            None => (Asked::Register, self.registration()),
+            Some(cs) if self.mds.urgent || now.mono >= self.mds.heartbeat_at => {
+                self.mds.urgent = false;
+                self.mds.heartbeat_at = now.mono + HEARTBEAT_EVERY;
+                self.heartbeat(cs)
+            }
+            Some(cs) => match self.report_page(now, cs) {
+                Some(page) => page,
+                None => return,
+            },
+        };
+        let id = self.mds.next_id;
+        self.mds.next_id += 1;
+        self.mds.outstanding = Some((id, asked, now.mono + ANSWER_PATIENCE));
+        let call = Call { session: ClientId(0), sequence: 0, acknowledged: 0, wall_ns: now.wall_ns, request };
+        out.send(link, FrameKind::MdsCall, id, cairn_wire::encode(&call));
+    }
+
+    fn registration(&self) -> MdsRequest {
+        MdsRequest::CsRegister {
+            cs: self.mds.cs,
+            store: self.config.store,
+            addr: self.config.addr,
+            location: self.config.location.clone(),
+            tier: self.config.tier,
+            capacity: self.stats().capacity,
+            repository: self.config.repository.clone(),
+        }
+    }
+
+    fn heartbeat(&self, cs: CsId) -> (Asked, MdsRequest) {
+        let done: Vec<OrderDone> = self.mds.done.iter().take(HEARTBEAT_LIST_MAX).cloned().collect();
+        let damaged: Vec<(ChunkId, u32)> = self.mds.damaged.iter().take(HEARTBEAT_LIST_MAX).copied().collect();
+        let asked = Asked::Heartbeat { done: done.len(), damaged: damaged.len() };
+        let failed = self.failed.clone();
+        (asked, MdsRequest::CsHeartbeat { cs, boot: self.boot, stats: self.stats(), done, damaged, failed })
+    }
+
+    /// The next piece of the chunk report, when one is due.
+    fn report_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
+        if self.mds.report.is_none() {
+            if now.mono < self.mds.report_at || self.failed.is_some() {
+                return None;
+            }
+            let mut ids: Vec<ChunkId> = self.store.chunks().map(|(chunk, _)| chunk).collect();
+            ids.sort_unstable();
+            self.mds.report = Some((ids.into(), ChunkId(0)));
+        }
+        let (ids, after) = self.mds.report.as_mut().expect("made above");
+        let page: Vec<ChunkId> = ids.drain(..ids.len().min(REPORT_PAGE)).collect();
+        let (from, last) = (*after, ids.is_empty());
+        *after = page.last().copied().unwrap_or(from);
+        // Chunks made or deleted meanwhile: what is gone is left out, what is new is left for the next report.
+        let version_of = |chunk: &ChunkId| {
+            let info = self.store.chunk(*chunk)?;
+            let version = super::data::trusted_version(self, *chunk, info.version);
+            Some(ChunkReport { chunk: *chunk, version })
+        };
+        let chunks: Vec<ChunkReport> = page.iter().filter_map(version_of).collect();
+        Some((Asked::Report { last }, MdsRequest::CsReport { cs, after: from, chunks, last }))
+    }
+
+    /// True when the link is the one to the metadata servers.
+    pub(super) fn mds_up(&mut self, now: Now, link: LinkId) -> bool {
+        if !self.mds.is_link(link) {
+            return false;
+        }
+        self.mds.phase = Phase::Up { link };
+        self.mds.registered = false;
+        self.mds.outstanding = None;
+        self.mds.heartbeat_at = now.mono;
+        true
+    }
+
+    /// True when the link was the one to the metadata servers.
+    pub(super) fn mds_down(&mut self, now: Now, link: LinkId, reason: &str, out: &mut Effects) -> bool {
+        if !self.mds.is_link(link) {
+            return false;
+        }
+        self.mds_pause(now, reason, out);
+        true
+    }
+
+    fn mds_give_up(&mut self, now: Now, reason: &str, out: &mut Effects) {
+        if let Phase::Connecting { link, .. } | Phase::Up { link } = self.mds.phase {
+            out.net.push(NetEffect::Close { link });
+        }
+        self.mds_pause(now, reason, out);
+    }
+
+    fn mds_pause(&mut self, now: Now, reason: &str, out: &mut Effects) {
+        if self.mds.last_trouble != reason {
+            self.mds.last_trouble = reason.to_owned();
+            out.log.push(format!("the link to the metadata servers: {reason}"));
+        }
+        let jitter = Duration::from_nanos(self.rng.below(self.mds.backoff.as_nanos() as u64 / 4 + 1));
+        self.mds.phase = Phase::Pause { until: now.mono + self.mds.backoff + jitter };
+        self.mds.backoff = (self.mds.backoff * 2).min(BACKOFF[1]);
+        self.mds.registered = false;
+        self.mds.outstanding = None;
+        self.mds.report = None;
+    }
+
+    /// Leaves for the leader a follower named, at once unless the servers send us round in circles.
+    fn mds_follow(&mut self, now: Now, leader: Option<SocketAddr>, out: &mut Effects) {
+        if let Phase::Up { link } = self.mds.phase {
+            out.net.push(NetEffect::Close { link });
+        }
+        self.mds_pause(now, "asked a follower", out);
+        self.mds.hops += 1;
+        self.mds.leader = leader;
+        if leader.is_some() && self.mds.hops <= HOPS_MAX {
+            self.mds.phase = Phase::Pause { until: now.mono };
+            self.mds_connect(now, out);
+        }
+    }
+
+    /// True when the frame came over the link to the metadata servers.
+    pub(super) fn mds_frame(&mut self, now: Now, link: LinkId, frame: &Frame, out: &mut Effects) -> bool {
+        if !self.mds.is_link(link) {
+            return false;
+        }
+        let problem = match frame.kind {
+            FrameKind::MdsPush => match cairn_wire::decode::<Push>("push", &frame.prefix) {
+                Ok(Push::OrdersWaiting) => {
+                    self.mds.urgent = true;
+                    None
+                }
+                Ok(_) => None,
+                Err(error) => Some(error.to_string()),
+            },
+            FrameKind::MdsReply => match cairn_wire::decode("metadata server reply", &frame.prefix) {
+                Ok(reply) => {
+                    match self.mds.outstanding.take() {
+                        Some((id, asked, _)) if id == frame.id => self.mds_answered(now, asked, reply, out),
+                        other => self.mds.outstanding = other,
+                    }
+                    None
+                }
+                Err(error) => Some(error.to_string()),
+            },
+            kind => Some(format!("a frame of kind {kind:?} has no business here")),
+        };
+        if let Some(problem) = problem {
+            self.mds_give_up(now, &problem, out);
+        }
+        true
+    }
+
+    fn mds_answered(&mut self, now: Now, asked: Asked, reply: Result<MdsReply, MdsError>, out: &mut Effects) {
+        match (asked, reply) {
+            (Asked::Register, Ok(MdsReply::CsRegistered { cs, cluster })) => {
+                if cluster != self.config.cluster || self.mds.cs.is_some_and(|own| own != cs) {
+                    let own = self.config.cluster;
+                    let reason = format!(
+                        "the metadata servers answer as cluster {cluster} and call this server {cs}, but its store belongs \
+                         to cluster {own}; check the repository directory and the addresses of the metadata servers"
+                    );
+                    return self.stop(reason, out);
+                }
+                if !self.mds.ever_registered {
+                    out.log.push(format!("registered as {cs}"));
+                }
+                self.mds.cs = Some(cs);
+                self.mds.registered = true;
+                self.mds.ever_registered = true;
+                self.mds.hops = 0;
+                self.mds.backoff = BACKOFF[0];
+                self.mds.last_trouble.clear();
+                self.mds.urgent = true;
+                self.mds.report_at = now.mono;
+                self.mds.report = None;
+            }
+            (Asked::Heartbeat { done, damaged }, Ok(MdsReply::Orders(orders))) => {
+                self.mds.done.drain(..done);
+                self.mds.damaged.drain(..damaged);
+                self.mds.urgent |= !self.mds.done.is_empty();
+                self.take_orders(now, orders, out);
+            }
+            (Asked::Report { last }, Ok(MdsReply::Orders(orders))) => {
+                if last {
+                    self.mds.report = None;
+                    self.mds.report_at = now.mono + REPORT_EVERY;
+                }
+                self.take_orders(now, orders, out);
+            }
+            (_, Err(MdsError::NotLeader { leader })) => self.mds_follow(now, leader, out),
+            (Asked::Register, Err(MdsError::Refused(reason))) if !self.mds.ever_registered => {
+                let reason = format!("the metadata servers refuse this chunk server: {reason}");
+                self.stop(reason, out);
+            }
+            (_, Err(error)) => self.mds_give_up(now, &error.to_string(), out),
+            (asked, Ok(other)) => {
+                let name = format!("{other:?}");
+                let name = name.split([' ', '(']).next().unwrap_or_default();
+                self.mds_give_up(now, &format!("{asked:?} was answered with {name}"), out);
+            }
+        }
+    }
+
+    /// Carries out orders. All are idempotent, so repeated ones do no harm.
+    fn take_orders(&mut self, now: Now, orders: Vec<CsOrder>, out: &mut Effects) {
+        for order in orders {
+            if self.failed.is_some() {
+                return;
+            }
+            match order {
+                CsOrder::Raise { chunk, since, version } => {
+                    let audience = Audience::Order(OrderKind::Raise, version);
+                    let raise = Control::Raise { chunk, since, version, audience };
+                    self.order_control(now, chunk, version, OrderKind::Raise, raise, out);
+                }
+                CsOrder::Delete { chunk, version } => {
+                    let delete = Control::Delete { chunk, version };
+                    self.order_control(now, chunk, version, OrderKind::Delete, delete, out);
+                }
+                CsOrder::Rebuild { entry, volume, block_count, sources } => {
+                    let (chunk, version) = (entry.chunk, entry.version);
+                    let sane = (1..=cairn_store::CHUNK_BLOCKS_MAX).contains(&block_count)
+                        && (1..=cairn_store::VERSION_MAX).contains(&version.0);
+                    if !sane {
+                        let error = Some(format!("a chunk of {block_count} blocks at {version} cannot be"));
+                        self.mds.order_done(OrderDone { chunk, version, kind: OrderKind::Rebuild, error });
+                        continue;
+                    }
+                    let own = entry.replicas.iter().find(|replica| Some(replica.cs) == self.mds.cs);
+                    let joined = own.map_or(version, |replica| replica.since);
+                    let own_id = self.mds.cs;
+                    let sources = sources.into_iter().filter(|(cs, _)| Some(*cs) != own_id).collect();
+                    self.order_rebuild(now, RebuildOrder { entry, volume, block_count, sources, joined }, out);
+                }
+            }
+        }
+    }
+
+    fn order_control(
+        &mut self,
+        now: Now,
+        chunk: ChunkId,
+        version: ChunkVersion,
+        kind: OrderKind,
+        control: Control,
+        out: &mut Effects,
+    ) {
+        let volume: Option<VolumeId> = self.store.chunk(chunk).map(|info| info.volume);
+        match volume {
+            Some(volume) => self.control(now, volume, control, out),
+            None => {
+                // Nothing to delete is as good as deleted; nothing to raise is not.
+                let error = (kind == OrderKind::Raise).then(|| format!("{chunk} is not on this chunk server"));
+                self.mds.order_done(OrderDone { chunk, version, kind, error });
+            }
+        }
+    }
+}

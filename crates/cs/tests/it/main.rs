@@ -1,0 +1,8 @@
+//! The chunk server core over the real store and simulated disks, driven event by event.
+
+mod basics;
+mod faults;
+mod plants;
+mod random;
+mod rebuilds;
+mod world;

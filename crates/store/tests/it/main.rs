@@ -1,0 +1,4 @@
+//! Layer L1: the store against a model, through every crash and fault one disk can have.
+
+mod harness;
+mod smoke;
