@@ -261,6 +261,14 @@ impl<P: Process + 'static> Reactor<P> {
         result
     }
 
+    /// Looks at the process without scheduling a turn, so a hook may do it after every turn.
+    ///
+    /// # Panics
+    /// As [`Reactor::with`].
+    pub fn with_process<R>(&self, f: impl FnOnce(&P) -> R) -> R {
+        f(&self.0.state.borrow().process)
+    }
+
     /// Sets the id this node has been given; links made from now on carry it.
     pub fn set_identity_node(&self, node: NodeId) {
         self.0.state.borrow_mut().identity.node = node;
