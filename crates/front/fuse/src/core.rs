@@ -72,6 +72,8 @@ pub(crate) struct Core {
     pub log: Log,
     /// The kernel caches writes: it alone knows sizes and times of open files.
     pub writeback: bool,
+    /// Seconds an open waits for another client to give its lease back.
+    pub lease_wait: u64,
     /// Every file with handles, a lease, or something under way.
     pub files: RefCell<FixedMap<InodeId, Rc<File>>>,
     /// Open files by handle number.
@@ -132,11 +134,17 @@ pub(crate) fn remove(id: u64) {
 
 impl Core {
     /// A mount without open files.
-    pub fn new(backend: Rc<dyn Backend>, log: Log, writeback: bool, notices: mpsc::Sender<Notice>) -> Rc<Self> {
+    pub fn new(
+        backend: Rc<dyn Backend>,
+        log: Log,
+        (writeback, lease_wait): (bool, u64),
+        notices: mpsc::Sender<Notice>,
+    ) -> Rc<Self> {
         Rc::new(Self {
             backend,
             log,
             writeback,
+            lease_wait,
             files: RefCell::default(),
             handles: RefCell::default(),
             directories: RefCell::default(),

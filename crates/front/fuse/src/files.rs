@@ -32,8 +32,6 @@ use std::rc::Rc;
 const IDLE_TICKS: u64 = 10;
 /// Most files that keep a lease without being open.
 const IDLE_MAX: usize = 4096;
-/// Seconds an open waits for another client to give the lease back before it fails with `EBUSY`.
-const OPEN_TICKS_MAX: u64 = 12;
 /// Seconds for which attributes learnt under an exclusive lease answer for themselves.
 const ATTR_TICKS: u64 = 30;
 /// How often pages are dropped again because reads were answered meanwhile, before the lease goes regardless.
@@ -429,7 +427,7 @@ impl Core {
         }
         file.waiters.borrow_mut().push((need, Box::new(then)));
         if matches!(&*file.lease.borrow(), Lease::Opening) {
-            let until = self.now_tick.get() + OPEN_TICKS_MAX;
+            let until = self.now_tick.get() + 1 + self.lease_wait;
             self.opening.borrow_mut().entry(file.inode).or_insert(until);
         }
         let (none, held) = match &*file.lease.borrow() {
@@ -450,7 +448,7 @@ impl Core {
             file.writers.get() > 0 || file.waiters.borrow().iter().any(|(need, _)| *need == LeaseMode::Exclusive);
         let mode = if exclusive { LeaseMode::Exclusive } else { LeaseMode::Shared };
         *file.lease.borrow_mut() = Lease::Opening;
-        self.opening.borrow_mut().insert(file.inode, self.now_tick.get() + OPEN_TICKS_MAX);
+        self.opening.borrow_mut().insert(file.inode, self.now_tick.get() + 1 + self.lease_wait);
         let (core, opened) = (Rc::clone(self), Rc::clone(file));
         self.backend.open(
             VolumeId::of_inode(file.inode),

@@ -23,6 +23,8 @@ pub struct MountOptions {
     /// The kernel keeps written data and owns sizes and times until it writes back. Fast for small writes; other mounts
     /// see changes late, so this is for file systems used by one mount at a time.
     pub writeback: bool,
+    /// How long an open waits for another client to give its lease back before it fails with `EBUSY`.
+    pub lease_wait_seconds: u64,
     /// Device nodes work.
     pub dev: bool,
     /// Set-user-id bits work.
@@ -104,6 +106,7 @@ impl MountOptions {
             threads: std::thread::available_parallelism().map_or(1, |count| count.get()).min(4),
             fsname: format!("cairn://{cluster}"),
             writeback: false,
+            lease_wait_seconds: 12,
             dev: false,
             suid: false,
             exec: true,
@@ -141,6 +144,15 @@ impl MountOptions {
                     option: name.to_owned(),
                     value: text.to_owned(),
                     expected: "a number from 1 to 64",
+                })?;
+            }
+            "lease-wait" | "lease_wait" => {
+                let text = needed()?;
+                let seconds = text.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
+                self.lease_wait_seconds = seconds.ok_or_else(|| MountArgsError::Value {
+                    option: name.to_owned(),
+                    value: text.to_owned(),
+                    expected: "a number of seconds from 1 to 3600",
                 })?;
             }
             // For mount(8), systemd and libfuse, not for us.
