@@ -165,3 +165,16 @@ fn mounts_that_fight_over_files_never_read_what_is_outdated() {
         }
     });
 }
+
+#[test]
+fn pages_outlive_a_lease_only_until_the_next_open() {
+    let Some((_cluster, a, b)) = two("") else { return };
+    fs::write(a.path().join("f"), vec![1; 50_000]).expect("write");
+    assert!(fs::read(a.path().join("f")).expect("read").iter().all(|&byte| byte == 1));
+    // More files than leases may rest: that of `f` goes, while the kernel still has its pages.
+    for number in 0..4200 {
+        File::create(a.path().join(format!("n{number}"))).expect("create");
+    }
+    fs::write(b.path().join("f"), vec![2; 50_000]).expect("write there");
+    assert!(fs::read(a.path().join("f")).expect("read").iter().all(|&byte| byte == 2));
+}
