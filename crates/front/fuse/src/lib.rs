@@ -1,6 +1,6 @@
 //! The FUSE front end: a cluster's namespace as a file system of this host.
 //!
-//! [`mount`](crate::mount::mount_with) joins the kernel to a client. `kernel` turns requests into jobs on the client's
+//! [`mount()`] joins the kernel to a client. `kernel` turns requests into jobs on the client's
 //! thread, `core` holds the state of one mount there, `files` the leases of open files (its invariants F1–F3 are the heart
 //! of this crate), `ops_*` one operation each. What users need to know stands in `docs/guide/mount.md`.
 //!
@@ -9,9 +9,12 @@
 
 mod attr;
 pub mod backend;
+mod client;
 mod core;
 mod files;
+mod io;
 mod kernel;
+mod leases;
 mod log;
 pub mod mount;
 mod ops_attr;
@@ -21,6 +24,15 @@ mod ops_name;
 mod ops_range;
 pub mod options;
 mod pieces;
+mod reports;
 
 pub use mount::{MountError, Mounted, mount_with};
 pub use options::{MountArgs, MountArgsError, MountOptions, parse_mount_args};
+
+/// Mounts the cluster that `client` is connected to. The client ends with the mount.
+///
+/// # Errors
+/// [`MountError`] when the log file or the kernel refuses.
+pub fn mount(client: cairn_client::Client, options: &MountOptions) -> Result<Mounted, MountError> {
+    mount_with(std::sync::Arc::new(client::ClientRunner(client)), options)
+}

@@ -201,3 +201,28 @@ fn reopening_a_file_just_closed_asks_nobody() {
     // A lookup now and then when the name's second is over; never a lease.
     assert!(cluster.calls() - before <= 10, "{} calls", cluster.calls() - before);
 }
+
+#[test]
+#[ignore = "prints figures; run it alone, in a release build"]
+fn figures() {
+    let cluster = Cluster::start(29);
+    let Some(mount) = TestMount::new(&cluster, "threads=2") else { return };
+    for (name, rest) in [
+        ("one writer, 4 KiB", "--rw=randwrite --bs=4k --direct=1 --ioengine=psync"),
+        ("one reader, 4 KiB", "--rw=randread --bs=4k --direct=1 --ioengine=psync"),
+        ("32 writes in flight", "--rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=32"),
+        ("32 reads in flight", "--rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=32"),
+        ("cached small writes", "--rw=write --bs=4k --direct=0 --ioengine=psync"),
+        ("sequential writes", "--rw=write --bs=1m --direct=0 --ioengine=psync"),
+        ("sequential reads", "--rw=read --bs=1m --direct=0 --invalidate=1 --ioengine=psync"),
+    ] {
+        let mut fio = Command::new("fio");
+        fio.current_dir(mount.path()).args(["--name=f", "--filename=f", "--size=128m", "--runtime=3", "--time_based"]);
+        fio.args(["--output-format=terse", "--terse-version=3"]).args(rest.split(' '));
+        let output = fio.output().expect("fio");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let fields: Vec<&str> = text.trim().split(';').collect();
+        let (read, write) = (fields.get(7).unwrap_or(&"?"), fields.get(48).unwrap_or(&"?"));
+        println!("{name}: {read} reads/s, {write} writes/s");
+    }
+}
