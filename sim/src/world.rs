@@ -324,7 +324,7 @@ impl World {
             }
             Happening::Disk { node, incarnation, disk, io } => {
                 if self.nodes[node.0].incarnation == incarnation && self.nodes[node.0].process.is_some() {
-                    let done: Option<DiskDone> = self.nodes[node.0].disks[usize::from(disk)].complete(io, &mut self.rng_disk);
+                    let done: Option<DiskDone> = self.nodes[node.0].disks[usize::from(disk)].complete(io);
                     if let Some(done) = done {
                         self.deliver(node, Event::Disk(DiskIndex(disk), done));
                     }
@@ -421,10 +421,9 @@ impl World {
             let state = &mut self.nodes[node.0];
             let incarnation = state.incarnation;
             let delay = state.disk_delay_ns;
-            if state.disks[usize::from(index.0)].submit(request) {
-                let took = self.rng_disk.range(20_000, 200_000) + delay;
-                self.schedule(took, Happening::Disk { node, incarnation, disk: index.0, io });
-            }
+            state.disks[usize::from(index.0)].submit(request);
+            let took = self.rng_disk.range(20_000, 200_000) + delay;
+            self.schedule(took, Happening::Disk { node, incarnation, disk: index.0, io });
         }
         if let Some(at) = effects.wake_at.take() {
             let local = self.local_mono(node);

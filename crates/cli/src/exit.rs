@@ -18,7 +18,8 @@ pub const REFUSED: i32 = 4;
 pub fn code_of(error: &anyhow::Error) -> i32 {
     for cause in error.chain() {
         if let Some(error) = cause.downcast_ref::<ConnectError>() {
-            return if error.is_authentication() { REFUSED } else { UNREACHABLE };
+            let refused = error.to_string().contains("authentication failed");
+            return if refused { REFUSED } else { UNREACHABLE };
         }
         if let Some(MdsError::Unavailable(_)) = cause.downcast_ref::<MdsError>() {
             return UNREACHABLE;

@@ -11,6 +11,8 @@
 use crate::context::Context;
 use crate::verbs;
 use anyhow::{Context as _, Result, bail};
+use crate::verbs::cs::CsOptions;
+use cairn_cs::MakeCs;
 use cairn_types::{ClusterId, HostId};
 use cairn_wire::auth::ClusterKey;
 use serde::{Deserialize, Serialize};
@@ -204,18 +206,18 @@ impl Layout {
 
     /// Makes chunk server `n` as if it stood on a host of its own.
     pub fn make_cs(&self, n: usize, cluster: ClusterId) -> Result<()> {
-        let options = cairn_cs::MakeOptions {
+        let make = MakeCs {
             dir: self.cs_dir(n),
-            cluster_name: self.state.cluster.clone(),
             cluster,
-            addr: SocketAddr::from(([127, 0, 0, 1], self.state.cs_ports[n - 1])),
+            cluster_name: self.state.cluster.clone(),
+            host: HostId(cairn_env_real::random_bytes()),
             tier: 0,
             size: Some(self.state.cs_size),
-            host: HostId(cairn_env_real::random_bytes()),
-            durable_always: false,
+            device: None,
+            fill: false,
         };
-        cairn_cs::make_cs(&options)?;
-        Ok(())
+        let listen = SocketAddr::from(([127, 0, 0, 1], self.state.cs_ports[n - 1]));
+        verbs::cs::make_with_options(&make, &CsOptions { listen, durable_always: false })
     }
 
     /// What a program needs to use this cluster.
