@@ -28,7 +28,9 @@ impl MemoryDisk {
         match op {
             DiskOp::Read { offset, len } => {
                 let first = (offset / 4096) as usize;
-                if len == 4096 && let Some(block) = &self.0[first] {
+                if len == 4096
+                    && let Some(block) = &self.0[first]
+                {
                     result = block.clone();
                 } else {
                     let mut bytes = BufMut::zeroed(len as usize);

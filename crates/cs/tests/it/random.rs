@@ -75,8 +75,10 @@ impl Holder {
 
     fn request(&self, op: &Op) -> (DataRequest, Buf) {
         let (mut request, data) = if op.value == 0 {
-            let request =
-                DataRequest { block_count: op.count, ..crate::world::op(DataOp::Unmap, self.version, EPOCH, op.sequence, op.first) };
+            let request = DataRequest {
+                block_count: op.count,
+                ..crate::world::op(DataOp::Unmap, self.version, EPOCH, op.sequence, op.first)
+            };
             (request, Buf::default())
         } else {
             write(self.version, EPOCH, op.sequence, op.first, op.count, op.value)
@@ -147,13 +149,13 @@ impl Holder {
     /// Rule 7, with the source as the only current replica: where the tails differ its block is written anew to both.
     fn reconcile_tails(&mut self, world: &mut World) {
         let mut latest = [BTreeMap::new(), BTreeMap::new()];
-        for node in 0..2 {
+        for (node, latest) in latest.iter_mut().enumerate() {
             let client = self.links[node].expect("both are up");
             let request = CsRequest::Tail { volume: VOLUME, epoch: Epoch(EPOCH), skip: 0 };
             let Ok(CsReply::Tail { entries, end: true }) = world.call(client, request) else { panic!("a tail") };
             for entry in entries {
                 for block in entry.first_block..entry.first_block + entry.block_count {
-                    let mark = latest[node].entry(block).or_insert((entry.epoch, entry.sequence));
+                    let mark = latest.entry(block).or_insert((entry.epoch, entry.sequence));
                     *mark = (*mark).max((entry.epoch, entry.sequence));
                 }
             }
@@ -259,7 +261,11 @@ fn run(seed: u64) -> Result<(), String> {
             }
         } else if crashed < crashes && step > 20 && rng.chance(1, 150) {
             crashed += 1;
-            if rng.chance(1, 2) { world.kill(1) } else { world.power_cut(1) }
+            if rng.chance(1, 2) {
+                world.kill(1)
+            } else {
+                world.power_cut(1)
+            }
             down = 1 + rng.below(60);
         }
         holder.turn(&mut world);
