@@ -133,6 +133,12 @@ impl Holder {
         }
     }
 
+    /// Everything is answered by both, also after the last restart.
+    fn is_done(&self, world: &World) -> bool {
+        let connected = self.links.iter().flatten().filter(|client| !world.clients[**client].closed).count() == 2;
+        connected && self.pending.is_empty() && !self.reconcile && world.nodes[1].orders.is_empty()
+    }
+
     /// Rule 5.
     fn settle(&mut self) {
         if self.reconcile {
@@ -269,7 +275,7 @@ fn run(seed: u64) -> Result<(), String> {
             down = 1 + rng.below(60);
         }
         holder.turn(&mut world);
-        if !open && down == 0 && holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty() {
+        if !open && down == 0 && holder.is_done(&world) {
             break;
         }
     }
@@ -277,13 +283,13 @@ fn run(seed: u64) -> Result<(), String> {
         world.start(1);
     }
     for _ in 0..2000 {
-        if holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty() {
+        if holder.is_done(&world) {
             break;
         }
         world.pass(Duration::from_millis(50));
         holder.turn(&mut world);
     }
-    if !(holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty()) {
+    if !holder.is_done(&world) {
         return Err(format!("seed {seed}: it does not end: {:?} {:?}", world.nodes[1].done, world.nodes[1].log));
     }
     let mut found = Vec::new();
