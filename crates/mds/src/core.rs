@@ -189,7 +189,7 @@ impl<B: Base> MdsCore<B> {
                 if let Some(token) = committed.token {
                     self.calls.forget(token);
                 }
-                self.members_changed(&members, effects);
+                self.members_changed(change, &members, effects);
             }
             CommittedKind::Command(bytes) => {
                 let applied = self.meta.apply(committed.index, &bytes);
