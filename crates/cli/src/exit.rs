@@ -30,3 +30,15 @@ pub fn code_of(error: &anyhow::Error) -> i32 {
     }
     FAILED
 }
+
+/// `cairn stat | head` ends when `head` has seen enough: as other tools do, without a word, and not by a panic.
+pub fn leave_quietly_when_nobody_reads() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload().downcast_ref::<String>().map(String::as_str).unwrap_or_default();
+        if text.starts_with("failed printing to stdout") {
+            std::process::exit(128 + libc::SIGPIPE);
+        }
+        usual(info);
+    }));
+}

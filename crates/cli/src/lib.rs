@@ -97,6 +97,7 @@ pub enum Verb {
 
 /// The whole program; gives the exit code.
 pub fn main() -> i32 {
+    exit::leave_quietly_when_nobody_reads();
     // `mount -t fuse.cairn` runs us as a mount helper with its own way of giving arguments.
     if let Some(code) = verbs::mount::run_as_mount_helper() {
         return code;

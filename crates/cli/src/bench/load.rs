@@ -114,7 +114,7 @@ pub async fn drive(volume: &LocalVolume, shape: &Shape, span: u64) -> Result<Fig
         shape: shape.clone(),
         rng: Rng::new(29),
         data: data.freeze(),
-        latency: Histogram::new(3)?,
+        latency: super::report::histogram()?,
         begun: Instant::now(),
         done: 0,
         in_flight: 0,
