@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 /// Longest run reserved for groups.
 const RUN_SLOTS_MAX: u64 = 1024;
 /// Slots searched for a long run before a shorter one is taken.
-const SEARCH_WINDOW: u64 = 2048;
+const SEARCH_WINDOW: u64 = 512;
 
 struct Batch {
     slots: Vec<u64>,
