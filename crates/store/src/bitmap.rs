@@ -23,8 +23,10 @@ pub(crate) struct LiveMap {
 impl LiveMap {
     pub(crate) fn new(slot_count: u64) -> Self {
         let count = slot_count.div_ceil(SLOTS_PER_PAGE) as usize;
+        // All pages share one until they are changed.
+        let zeros = Arc::new([0; WORDS_PER_PAGE]);
         Self {
-            pages: vec![Arc::new([0; WORDS_PER_PAGE]); count],
+            pages: (0..count).map(|_| Arc::clone(&zeros)).collect(),
             dirty: vec![false; count],
             dirty_list: Vec::new(),
             ones: 0,
@@ -102,8 +104,7 @@ impl LiveMap {
         let first = number * SLOTS_PER_PAGE;
         let inside = page.iter().enumerate().all(|(i, word)| {
             let base = first + i as u64 * 64;
-            base + 64 <= self.slot_count
-                || *word & !(((1u128 << self.slot_count.saturating_sub(base)) - 1) as u64) == 0
+            base + 64 <= self.slot_count || *word & !(((1u128 << self.slot_count.saturating_sub(base)) - 1) as u64) == 0
         });
         self.pages[number as usize] = Arc::new(page);
         inside

@@ -207,6 +207,8 @@ impl Engine {
             let cached = state.chunks.get(*chunk).map_or(NOT_CACHED, |owner| owner.leaves[*number as usize].cached);
             cached != NOT_CACHED && state.cache.get(cached).dirty
         });
+        leaves.sort_unstable();
+        leaves.dedup();
         assert_eq!(leaves.len() as u64, state.dirty_leaf_count, "the count of dirty leaves is exact");
         let slots = state.space.allocate(state.dirty_leaf_count);
         let mut at = 0;

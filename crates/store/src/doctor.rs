@@ -276,7 +276,8 @@ impl Doctor<'_, '_> {
                 };
                 if bound_checksum(&page, PageKind::Leaf, id.0, number as u64) != reference.checksum {
                     let first = number as u32 * LEAF_BLOCKS;
-                    let detail = format!("checksum mismatch: {id} blocks {first}..{} are lost here", first + LEAF_BLOCKS);
+                    let detail =
+                        format!("checksum mismatch: {id} blocks {first}..{} are lost here", first + LEAF_BLOCKS);
                     self.report.add(Severity::Damage, "leaf", reference.slot, detail);
                     continue;
                 }
