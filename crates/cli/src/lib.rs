@@ -93,6 +93,9 @@ pub enum Verb {
     Bench(bench::BenchArgs),
     /// Runs the simulator.
     Sim(verbs::sim::SimArgs),
+    /// Reads and explains what is on a disk, without a daemon.
+    #[command(subcommand)]
+    Doctor(verbs::doctor::DoctorVerb),
 }
 
 /// The whole program; gives the exit code.
@@ -142,6 +145,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Verb::Nbd(verb) => verbs::nbd::run(&context, verb)?,
         Verb::Bench(args) => bench::run(&context, args)?,
         Verb::Sim(args) => return verbs::sim::run(args),
+        Verb::Doctor(verb) => return verbs::doctor::run(&context, verb),
     }
     Ok(exit::DONE)
 }

@@ -4,13 +4,14 @@
 use crate::api::{Notice, OpenReport, StoreError, StoreOptions, StoreOutput, StoreReply};
 use crate::checkpoint::Checkpoint;
 use crate::chunks::NOT_CACHED;
+use crate::layout::group::RecordWriter;
 use crate::layout::superblock::ChainPosition;
 use crate::layout::{SLOT, SLOT_U64};
 use crate::read::ReadOp;
 use crate::state::State;
 use crate::tree::Tree;
 use crate::write::{Group, Mutation};
-use cairn_env::{Buf, DiskDone, DiskError, DiskOp, DiskRequest, IoId};
+use cairn_env::{Buf, BufMut, DiskDone, DiskError, DiskOp, DiskRequest, IoId};
 use cairn_stdx::{FixedMap, planted};
 use cairn_types::{ChunkId, ClusterId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -84,6 +85,8 @@ pub(crate) struct Engine {
     pub(crate) formed: ChainPosition,
     /// After the last group applied.
     pub(crate) applied: ChainPosition,
+    pub(crate) header_pool: Vec<BufMut>,
+    pub(crate) record_pool: RecordWriter,
     pub(crate) inflight_new: u64,
     pub(crate) inflight_leaves: u64,
     /// Groups and blocks since the last checkpoint snapshot.
@@ -131,6 +134,8 @@ impl Engine {
             groups: VecDeque::new(),
             formed: seed.chain,
             applied: seed.chain,
+            header_pool: Vec::new(),
+            record_pool: RecordWriter::default(),
             inflight_new: 0,
             inflight_leaves: 0,
             chain_groups: seed.chain_groups,

@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 /// Longest run reserved for groups.
 const RUN_SLOTS_MAX: u64 = 1024;
 /// Slots searched for a long run before a shorter one is taken.
-const SEARCH_WINDOW: u64 = 2048;
+const SEARCH_WINDOW: u64 = 512;
 
 struct Batch {
     slots: Vec<u64>,
@@ -79,7 +79,8 @@ impl Space {
         slots + 2 * self.run_target()
     }
 
-    /// Marks a run as reserved when it is taken over from a header; false when a slot of it is in use.
+    /// Marks a run as reserved when it is taken over from a header; false when a slot of it is in
+    /// use or nothing could follow the next header.
     #[must_use]
     pub(crate) fn adopt(&mut self, current: Run, after: Run) -> bool {
         let fresh = [current, after].iter().all(|run| (run.start..run.end).all(|slot| self.busy.set(slot)));
@@ -89,7 +90,7 @@ impl Space {
         if self.after.is_empty() {
             self.reserve_after();
         }
-        fresh
+        fresh && !self.current.is_empty() && self.current.len() + self.after.len() > 1
     }
 
     fn reserve_after(&mut self) {

@@ -4,7 +4,7 @@ pub mod attr;
 pub mod auth;
 pub mod cluster;
 pub mod cs;
-// doctor: when the store has it
+pub mod doctor;
 pub mod mds;
 pub mod mount;
 pub mod nbd;
