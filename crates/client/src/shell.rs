@@ -287,7 +287,10 @@ impl LocalClient {
     /// Flushes, settles and gives back everything, ends the session and the links. Takes at most twelve seconds.
     pub async fn close(self) {
         let (done, closed) = oneshot::channel::<()>();
-        self.0.reactor.with(|core, now, out| core.shutdown(now, Box::new(move || drop(done.send(()))), out));
+        let told = Box::new(move || {
+            let _ = done.send(());
+        });
+        self.0.reactor.with(|core, now, out| core.shutdown(now, told, out));
         let _ = tokio::time::timeout(CLOSE_DEADLINE, closed).await;
         self.0.reactor.stop();
     }
