@@ -466,8 +466,12 @@ impl ClientCore {
                 }
             }
             Push::TopologyChanged => self.servers.wants_topology = true,
-            // Servers tell a changed version themselves, with the first request that needs it.
-            Push::MapChanged { .. } | Push::OrdersWaiting => {}
+            Push::MapChanged { volume } => {
+                if let Some(&key) = self.by_id.get(volume) {
+                    self.with_volume(now, out, key, |volume, ctx| volume.on_map_changed(ctx));
+                }
+            }
+            Push::OrdersWaiting => {}
         }
         self.done.push(Completion::Notice(Notice::Push(push)));
     }

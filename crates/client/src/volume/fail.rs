@@ -69,6 +69,14 @@ impl Volume {
         if needed {
             self.fail_server(ctx, slot);
         } else {
+            // Perhaps the copies are elsewhere by now.
+            for owner in mine {
+                if let Owner::Read { part, .. } = owner
+                    && let Some(index) = self.parts.get(part).map(|part| part.index)
+                {
+                    self.refresh(ctx, index);
+                }
+            }
             self.move_reads(ctx, slot);
         }
     }

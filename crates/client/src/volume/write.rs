@@ -168,6 +168,11 @@ impl Volume {
             self.refetch_later(ctx, index);
             return;
         }
+        let hint = self.chunks[&index].hint;
+        if hint {
+            self.refresh(ctx, index);
+        }
+        let Some(entry) = &self.chunk(index).entry else { unreachable!("just seen") };
         let slots: Vec<Target> = entry.reps.iter().map(|rep| Target { slot: rep.slot, at: At::Unsent }).collect();
         let (unsettled, bytes) = self.tracker.load();
         if !internal && (unsettled >= UNSETTLED_MAX / 2 || bytes >= UNSETTLED_BYTES_MAX / 2) {
