@@ -20,8 +20,6 @@ pub enum Mistake {
     NoEpochCheck,
     /// Chunk servers do not compare versions.
     NoVersionCheck,
-    /// A new holder takes any replica's data instead of the highest.
-    ReconcileAny,
     /// A write does not wait for the copy being rebuilt.
     ForgetRebuilding,
     /// A write counts when all but one replica have it.
@@ -179,18 +177,12 @@ impl Lease {
         if me.ready || me.epoch != state.epoch || !fenced || !at_version {
             return;
         }
-        for source in members(me.set) {
-            let best = members(me.set).map(|i| state.replicas[i].value).max().unwrap_or_default();
-            let value = state.replicas[source].value;
-            if value != best && self.mistake != Mistake::ReconcileAny {
-                continue;
-            }
-            let mut next = state.clone();
-            next.clients[client].ready = true;
-            next.clients[client].sequence = 1;
-            next.send(client, Value { epoch: me.epoch, sequence: 1, data: value.data });
-            out.push(("reconcile", next));
-        }
+        let best = members(me.set).map(|i| state.replicas[i].value).max().unwrap_or_default();
+        let mut next = state.clone();
+        next.clients[client].ready = true;
+        next.clients[client].sequence = 1;
+        next.send(client, Value { epoch: me.epoch, sequence: 1, data: best.data });
+        out.push(("reconcile", next));
     }
 
     fn write_and_read(&self, state: &State, client: usize, out: &mut Vec<(&'static str, State)>) {
@@ -368,7 +360,7 @@ mod tests {
     #[test]
     fn each_mistake_is_noticed() {
         use Mistake::*;
-        for mistake in [NoEpochCheck, NoVersionCheck, ForgetRebuilding, ReconcileAny, AcknowledgeEarly, StaleSource] {
+        for mistake in [NoEpochCheck, NoVersionCheck, ForgetRebuilding, AcknowledgeEarly, StaleSource] {
             let verdict = explore(&model(mistake), 2_000_000);
             assert!(matches!(verdict, Verdict::Broken { .. }), "{mistake:?}: {verdict:?}");
         }

@@ -8,7 +8,11 @@
 pub mod core;
 mod links;
 mod marks;
+pub mod repository;
+pub mod shell;
 pub mod tag;
 
 pub use self::core::{CsConfig, CsCore, StartReport};
 pub use links::WINDOW_MAX;
+pub use repository::{CsIdentity, MakeCs, Repository, RepositoryError, make_cs, read_identity};
+pub use shell::{CsRunConfig, CsRunError, RunningCs, run, start};

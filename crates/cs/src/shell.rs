@@ -157,7 +157,7 @@ pub fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
 fn keep_identity(reactor: &Reactor<CsCore>, mut repository: Repository) {
     reactor.after_turn(move |reactor| {
         // Cheap after every turn: two words are compared.
-        let Some(cs) = reactor.with_process(CsCore::id) else { return };
+        let Some(cs) = reactor.peek(CsCore::id) else { return };
         if repository.identity().cs == Some(cs) {
             return;
         }
@@ -190,7 +190,7 @@ impl RunningCs {
         let signal = Rc::new(RefCell::new(Some(Rc::clone(&stopped))));
         self.reactor.with(|core, now, out| core.prepare_stop(now, out));
         self.reactor.after_turn(move |reactor| {
-            if signal.borrow().is_some() && reactor.with_process(CsCore::is_ready_to_stop) {
+            if signal.borrow().is_some() && reactor.peek(CsCore::is_ready_to_stop) {
                 signal.borrow_mut().take().expect("looked at above").notify_one();
             }
         });

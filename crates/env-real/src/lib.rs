@@ -23,4 +23,4 @@ mod sys;
 
 pub use disk::{Disk, DiskOptions, OpenDiskError};
 pub use reactor::{Identity, Reactor, ReactorConfig, ReactorOptions, Stats, Stopped, block_on_local};
-pub use sys::random_bytes;
+pub use sys::{free_bytes, random_bytes};

@@ -121,6 +121,20 @@ pub fn allocate(file: &File, size: u64) -> io::Result<()> {
     fallocate_mode(file, 0, 0, size)
 }
 
+/// Bytes an unprivileged process may still allocate on the file system of `path`.
+///
+/// # Errors
+/// When the path cannot be looked at.
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut figures = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
+    // SAFETY: the string ends with NUL, the structure is ours; both live through the call.
+    check(unsafe { libc::statvfs(path.as_ptr(), figures.as_mut_ptr()) })?;
+    // SAFETY: zeroed memory is a valid value of this plain structure, and the call filled it.
+    let figures = unsafe { figures.assume_init() };
+    Ok(figures.f_bavail.saturating_mul(figures.f_frsize))
+}
+
 /// Renames a file, refusing to replace another.
 pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     let (from_c, to_c) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);

@@ -4,7 +4,7 @@
 //! memtable → image*; a checkpoint moves the frozen memtable into the image in one transaction, then the log up to the
 //! mark may go. In production the image is a redb file written by a thread of its own; the simulator keeps it in memory.
 
-use cairn_meta::kv::BaseKv;
+use cairn_meta::BaseKv;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -182,7 +182,7 @@ impl<B: Base> MdsCore<B> {
         if !self.leading {
             return Err(self.not_leader());
         }
-        if !self.meta.has_session(client) {
+        if !self.meta.session_alive(client) {
             return Err(MdsError::SessionEnded(client));
         }
         self.calls.bind_session(client, link);
@@ -197,7 +197,7 @@ impl<B: Base> MdsCore<B> {
         };
         self.calls.bind_server(*cs, asked.link);
         let news = self.duty.heard_server(*cs, *boot, stats, now.mono);
-        let lasting = !done.is_empty() || !damaged.is_empty() || failed.is_some() || !self.meta.is_active(*cs);
+        let lasting = !done.is_empty() || !damaged.is_empty() || failed.is_some() || !self.is_active(*cs);
         if news || lasting {
             return self.propose_call(now, asked, call, effects);
         }

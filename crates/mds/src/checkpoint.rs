@@ -65,7 +65,7 @@ impl<B: Base> MdsCore<B> {
             return;
         }
         let Some(meta) = self.consensus.snapshot_meta(self.applied) else { return };
-        let changes = self.meta.kv_mut().freeze();
+        let (_, changes) = self.meta.freeze();
         self.meta.kv_mut().base_mut().begin_flush(ImageMark::of(&meta), changes);
         self.checkpoint.flushing = Some(meta.index);
     }

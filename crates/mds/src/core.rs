@@ -7,7 +7,7 @@ use crate::duty::Duty;
 use crate::group::Group;
 use crate::image::Images;
 use cairn_consensus::{Committed, CommittedKind, Consensus, Output};
-use cairn_meta::kv::Overlay;
+use cairn_meta::Overlay;
 use cairn_meta::{Command, Meta, MetaEffect};
 use cairn_stdx::Rng;
 use cairn_types::{ClusterId, Duration, MdsId};

@@ -21,7 +21,9 @@ const SERVER_LINK_GRACE: Duration = Duration::from_millis(1500);
 /// Figures of a chunk server enter the log this often at most, unless they moved a lot.
 const STATS_PERIOD: Duration = Duration::from_secs(20);
 /// Background work of the state is asked for this often while there is some.
-const TICK_PERIOD: Duration = Duration::from_millis(500);
+const TICK_PERIOD: Duration = Duration::from_millis(100);
+/// ... and this often otherwise, so that work with a time of its own comes up.
+const TICK_PERIOD_IDLE: Duration = Duration::from_secs(1);
 /// A learner this close to the end of the log becomes a voter.
 const PROMOTE_LAG_MAX: u64 = 256;
 
@@ -106,12 +108,19 @@ impl Duty {
 }
 
 impl<B: Base> MdsCore<B> {
+    /// True when the state counts a chunk server as active or being drained.
+    pub(crate) fn is_active(&self, cs: CsId) -> bool {
+        let serves = |state| matches!(state, CsState::Active | CsState::Draining);
+        self.meta.servers().any(|(other, state)| other == cs && serves(state))
+    }
+
     /// Begins to lead: everybody is heard just now, whoever led before may have answered them until now.
     pub(crate) fn begin_duty(&mut self, now: Now) {
-        self.duty.sessions = self.meta.sessions().into_iter().map(|client| (client, now.mono)).collect();
-        self.duty.ended = self.meta.ended_sessions().into_iter().map(|client| (client, now.mono)).collect();
+        let (alive, ended): (Vec<_>, Vec<_>) = self.meta.sessions().partition(|(_, alive)| *alive);
+        self.duty.sessions = alive.into_iter().map(|(client, _)| (client, now.mono)).collect();
+        self.duty.ended = ended.into_iter().map(|(client, _)| (client, now.mono)).collect();
         self.duty.servers.clear();
-        for info in self.meta.servers() {
+        for info in self.meta.cs_infos() {
             let server = Server {
                 heard: now.mono,
                 link_lost: None,
@@ -135,15 +144,15 @@ impl<B: Base> MdsCore<B> {
         self.look_at_sessions(now);
         self.look_at_servers(now);
         self.look_at_members(now);
-        let tick = self.duty.ticked.is_none_or(|at| now.mono >= at + TICK_PERIOD);
-        if tick && self.meta.has_background_work() {
+        let period = if self.meta.has_work() { TICK_PERIOD } else { TICK_PERIOD_IDLE };
+        if self.duty.ticked.is_none_or(|at| now.mono >= at + period) && self.meta.identity().is_some() {
             self.duty.ticked = Some(now.mono);
             self.propose_own(&Command::Tick { wall_ns: now.wall_ns });
         }
     }
 
     fn look_at_bootstrap(&mut self, now: Now) {
-        if self.config.bootstrap && !self.meta.is_bootstrapped() {
+        if self.config.bootstrap && self.meta.identity().is_none() {
             let first = self.config.servers.iter().find(|info| info.mds == self.config.id);
             self.propose_own(&Command::Bootstrap {
                 cluster: self.config.cluster,
@@ -155,7 +164,9 @@ impl<B: Base> MdsCore<B> {
     }
 
     fn look_at_sessions(&mut self, now: Now) {
-        let known = self.meta.sessions();
+        let (known, ended): (Vec<_>, Vec<_>) = self.meta.sessions().partition(|(_, alive)| *alive);
+        let known: Vec<ClientId> = known.into_iter().map(|(client, _)| client).collect();
+        let ended: Vec<ClientId> = ended.into_iter().map(|(client, _)| client).collect();
         self.duty.sessions.retain(|client, _| known.binary_search(client).is_ok());
         for client in known {
             let heard = *self.duty.sessions.entry(client).or_insert(now.mono);
@@ -163,7 +174,6 @@ impl<B: Base> MdsCore<B> {
                 self.propose_own(&Command::SessionExpired { client });
             }
         }
-        let ended = self.meta.ended_sessions();
         self.duty.ended.retain(|client, _| ended.binary_search(client).is_ok());
         for client in ended {
             let since = *self.duty.ended.entry(client).or_insert(now.mono);
@@ -174,8 +184,8 @@ impl<B: Base> MdsCore<B> {
     }
 
     fn look_at_servers(&mut self, now: Now) {
-        let offline_after = self.meta.offline_timeout();
-        for info in self.meta.servers() {
+        let offline_after = Duration::from_secs(self.meta.config("mds.wd.offline_tout"));
+        for info in self.meta.cs_infos() {
             let Some(server) = self.duty.servers.get(&info.cs) else {
                 // Registered under this leader and not heard since: begin to count now.
                 self.duty.heard_server(info.cs, 0, &info.stats, now.mono);
@@ -196,20 +206,21 @@ impl<B: Base> MdsCore<B> {
     /// Brings the group in line with the registry: admitted servers become learners, then voters; removed ones leave.
     fn look_at_members(&mut self, now: Now) {
         let status = self.consensus.status();
-        for entry in self.meta.metadata_servers() {
+        let registry: Vec<_> = self.meta.registry().cloned().collect();
+        for entry in registry {
             let id = entry.info.mds;
             let (votes, learns) = (status.members.voters.contains_key(&id), status.members.learners.contains_key(&id));
             if entry.leaving {
                 self.move_out(now, id, votes || learns);
             } else if !votes && !learns {
-                let member = Member { id, instance: entry.instance };
+                let member = Member { id, instance: entry.nonce };
                 let token = self.calls.next_token();
                 let _ = self.consensus.propose_change(token, Change::AddLearner(member));
             } else if learns {
                 let caught_up =
                     status.peers.iter().any(|p| p.id == id && p.active && p.lag <= PROMOTE_LAG_MAX && !p.in_snapshot);
                 if caught_up {
-                    let member = Member { id, instance: entry.instance };
+                    let member = Member { id, instance: entry.nonce };
                     let token = self.calls.next_token();
                     let _ = self.consensus.propose_change(token, Change::AddVoter(member));
                 }

@@ -102,16 +102,16 @@ impl Group {
 impl<B: Base> MdsCore<B> {
     /// Learns the addresses the state knows.
     pub(crate) fn refresh_group(&mut self) {
-        for entry in self.meta.metadata_servers() {
-            self.group.know(&entry.info);
+        let registry: Vec<_> = self.meta.members().collect();
+        for info in registry {
+            self.group.know(&info);
         }
     }
 
     pub(crate) fn members_changed(&mut self, members: &Members, effects: &mut Effects) {
         self.refresh_group();
-        if !members.contains(self.config.id) && !members.voters.is_empty() && self.meta.is_bootstrapped() {
-            let known =
-                self.meta.metadata_servers().iter().any(|entry| entry.info.mds == self.config.id && !entry.leaving);
+        if !members.contains(self.config.id) && !members.voters.is_empty() && self.meta.identity().is_some() {
+            let known = self.meta.registry().any(|entry| entry.info.mds == self.config.id && !entry.leaving);
             if !known {
                 effects.fatal = Some(format!(
                     "this metadata server ({}) was removed from the cluster; its directory {} may be deleted",
@@ -119,7 +119,7 @@ impl<B: Base> MdsCore<B> {
                 ));
             }
         }
-        let admitted: Vec<MdsId> = self.meta.metadata_servers().iter().map(|entry| entry.info.mds).collect();
+        let admitted: Vec<MdsId> = self.meta.registry().map(|entry| entry.info.mds).collect();
         self.group.retain(|id| members.contains(id) || admitted.contains(&id), effects);
     }
 

@@ -8,8 +8,6 @@ use crate::base::{Base, ImageMark, ImageReader};
 use crate::checkpoint::{decode_members, encode_members};
 use crate::core::MdsCore;
 use cairn_consensus::{SnapshotMeta, SnapshotWanted};
-use cairn_meta::Meta;
-use cairn_meta::kv::Overlay;
 use cairn_types::MdsId;
 use cairn_wire::mds::ImagePiece;
 use cairn_wire::{Effects, FrameKind, LinkId, Now};
@@ -116,10 +114,11 @@ impl<B: Base> MdsCore<B> {
         if piece.piece == 0 {
             self.image_offered(link, &piece, effects);
         }
-        if let Some(receiving) = self.images.receiving.as_mut().filter(|r| r.meta.index == piece.index) {
-            if receiving.link == link && receiving.waiting.len() < 2 * WINDOW as usize {
-                receiving.waiting.push_back(piece);
-            }
+        let wanted = |r: &&mut Receiving| r.meta.index == piece.index && r.link == link;
+        if let Some(receiving) = self.images.receiving.as_mut().filter(wanted)
+            && receiving.waiting.len() < 2 * WINDOW as usize
+        {
+            receiving.waiting.push_back(piece);
         }
         self.write_piece(now, effects);
     }
@@ -217,7 +216,7 @@ impl<B: Base> MdsCore<B> {
         let receiving = self.images.receiving.take().expect("an installation ends once");
         match self.consensus.install_snapshot(&receiving.meta, &mut self.out) {
             Ok(()) => {
-                self.meta = reopened(std::mem::replace(&mut self.meta, Meta::empty()));
+                self.meta.reload();
                 self.applied = receiving.meta.index;
                 effects.log.push(format!("the state at {} is installed", receiving.meta.index));
                 self.refresh_group();
@@ -225,9 +224,4 @@ impl<B: Base> MdsCore<B> {
             Err(error) => effects.fatal = Some(format!("installing the state failed: {error}")),
         }
     }
-}
-
-/// The state read anew from its base; memtables of the old state are dropped.
-fn reopened<B: Base>(meta: Meta<Overlay<B>>) -> Meta<Overlay<B>> {
-    Meta::open(Overlay::new(meta.into_kv().into_base()))
 }

@@ -4,11 +4,9 @@
 //! with the pairs, `mark` with the [`ImageMark`]; both change in one transaction. An installation fills `incoming` and is
 //! swapped in by renaming the table.
 
-#![expect(clippy::disallowed_methods, reason = "this is a shell: it owns the writer thread")]
-
 use crate::base::{Base, BaseError, Changes, ImageMark, ImageReader, Pairs};
-use cairn_meta::kv::BaseKv;
-use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, TableDefinition, TableHandle};
+use cairn_meta::BaseKv;
+use redb::{Database, ReadOnlyTable, ReadableDatabase, TableDefinition};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,6 +15,9 @@ const STATE: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("stat
 const INCOMING: TableDefinition<'static, &[u8], &[u8]> = TableDefinition::new("incoming");
 const MARK: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("mark");
 const CACHE_BYTES: usize = 32 << 20;
+
+/// The pairs as a read transaction sees them.
+type StateTable = ReadOnlyTable<&'static [u8], &'static [u8]>;
 
 enum Job {
     Flush(ImageMark, Changes),
@@ -27,9 +28,11 @@ enum Job {
 /// The image in a redb file.
 pub struct RedbBase {
     database: Arc<Database>,
-    table: ReadOnlyTable<&'static [u8], &'static [u8]>,
+    table: StateTable,
     mark: ImageMark,
-    jobs: Sender<Job>,
+    /// None only while being dropped.
+    jobs: Option<Sender<Job>>,
+    writer: Option<std::thread::JoinHandle<()>>,
     outcomes: Receiver<Result<(), BaseError>>,
 }
 
@@ -70,27 +73,38 @@ impl RedbBase {
         txn.commit().map_err(wrong)?;
         let (jobs, job_queue) = channel();
         let (outcome_queue, outcomes) = channel();
-        let writer = database.clone();
-        std::thread::Builder::new()
+        let shared = database.clone();
+        let writer = std::thread::Builder::new()
             .name("image-writer".to_owned())
             .spawn(move || {
                 while let Ok(job) = job_queue.recv() {
-                    if outcome_queue.send(run(&writer, job)).is_err() {
+                    if outcome_queue.send(run(&shared, job)).is_err() {
                         return;
                     }
                 }
             })
             .map_err(wrong)?;
         let (table, mark) = read_state(&database)?;
-        Ok(Self { database, table, mark, jobs, outcomes })
+        Ok(Self { database, table, mark, jobs: Some(jobs), writer: Some(writer), outcomes })
     }
 
     fn submit(&self, job: Job) {
-        self.jobs.send(job).expect("the writer thread lives as long as the image");
+        let jobs = self.jobs.as_ref().expect("only a dropped image has no writer");
+        jobs.send(job).expect("the writer thread lives as long as the image");
     }
 }
 
-fn read_state(database: &Database) -> Result<(ReadOnlyTable<&'static [u8], &'static [u8]>, ImageMark), BaseError> {
+impl Drop for RedbBase {
+    fn drop(&mut self) {
+        // The writer ends what it is at and lets go of the file, so that it can be opened again.
+        self.jobs = None;
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+fn read_state(database: &Database) -> Result<(StateTable, ImageMark), BaseError> {
     let txn = database.begin_read().map_err(wrong)?;
     let marks = txn.open_table(MARK).map_err(wrong)?;
     let mark = match marks.get("mark").map_err(wrong)? {
@@ -193,7 +207,7 @@ impl Base for RedbBase {
 }
 
 struct RedbReader {
-    table: ReadOnlyTable<&'static [u8], &'static [u8]>,
+    table: StateTable,
     mark: ImageMark,
     after: Option<Vec<u8>>,
 }

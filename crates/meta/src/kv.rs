@@ -159,6 +159,13 @@ impl<B: BaseKv> Overlay<B> {
         frozen
     }
 
+    /// Drops both memtables: the base was replaced as a whole.
+    pub fn discard(&mut self) {
+        self.active.clear();
+        self.active_bytes = 0;
+        self.frozen = None;
+    }
+
     /// The frozen memtable is in the base.
     pub fn flushed(&mut self) {
         assert!(self.frozen.take().is_some(), "nothing was frozen");

@@ -99,6 +99,11 @@ impl<K: Kv> Meta<K> {
         self.globals.members.values().map(|member| member.info.clone())
     }
 
+    /// The registry of metadata servers as it stands, with joining nonces: what a leader brings the group in line with.
+    pub fn registry(&self) -> impl Iterator<Item = &Member> + '_ {
+        self.globals.members.values()
+    }
+
     /// The metadata servers that were asked to leave: a new leader goes on with it.
     pub fn members_leaving(&self) -> impl Iterator<Item = MdsId> + '_ {
         self.globals.members.values().filter(|member| member.leaving).map(|member| member.info.mds)

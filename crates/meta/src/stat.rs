@@ -9,7 +9,8 @@ use cairn_wire::mds::{ChunkCounts, ClusterHealth, ClusterStat, CsInfo, CsState, 
 use std::collections::BTreeMap;
 
 impl<K: Kv> Meta<K> {
-    fn cs_infos(&self) -> Vec<CsInfo> {
+    /// The chunk servers as callers see them, removed ones included.
+    pub fn cs_infos(&self) -> Vec<CsInfo> {
         self.servers.iter().map(|(cs, server)| server.info(*cs)).collect()
     }
 

@@ -65,11 +65,9 @@ impl<K: Kv> Meta<K> {
     /// # Panics
     /// When the records are of another version or damaged: the base store checks its own pages, so this is a bug.
     pub fn open(kv: K) -> Self {
-        let globals: Globals = kv.view(&[keys::GLOBALS], |bytes| bytes.map(decode_record)).unwrap_or_default();
-        assert_eq!(globals.version, STATE_VERSION, "metadata state of another version");
         let mut meta = Self {
             kv,
-            globals,
+            globals: Globals::default(),
             sessions: BTreeMap::new(),
             servers: BTreeMap::new(),
             slots: None,
@@ -81,14 +79,24 @@ impl<K: Kv> Meta<K> {
             scratch: Vec::new(),
             swept: false,
         };
-        for (key, value) in meta.kv.scan(&[keys::SERVER], &[keys::SERVER + 1], usize::MAX) {
-            let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
-            meta.servers.insert(cs, decode_record(&value));
-        }
-        for (key, value) in meta.kv.scan(&[keys::SESSION], &[keys::SESSION + 1], usize::MAX) {
-            meta.sessions.insert(ClientId(keys::number(&key, 1)), decode_record(&value));
-        }
+        meta.load();
         meta
+    }
+
+    /// Reads the resident records from the store.
+    fn load(&mut self) {
+        self.globals = self.kv.view(&[keys::GLOBALS], |bytes| bytes.map(decode_record)).unwrap_or_default();
+        assert_eq!(self.globals.version, STATE_VERSION, "metadata state of another version");
+        self.servers.clear();
+        self.sessions.clear();
+        self.slots = None;
+        for (key, value) in self.kv.scan(&[keys::SERVER], &[keys::SERVER + 1], usize::MAX) {
+            let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
+            self.servers.insert(cs, decode_record(&value));
+        }
+        for (key, value) in self.kv.scan(&[keys::SESSION], &[keys::SESSION + 1], usize::MAX) {
+            self.sessions.insert(ClientId(keys::number(&key, 1)), decode_record(&value));
+        }
     }
 
     /// Applies the command at `index` of the log; indexes rise, though not by one (the log has entries of its own).
@@ -420,6 +428,12 @@ impl<K: Kv> Meta<K> {
 }
 
 impl<B: BaseKv> Meta<Overlay<B>> {
+    /// Reads the state anew from its base, which was replaced by another image; the memtables are dropped.
+    pub fn reload(&mut self) {
+        self.kv.discard();
+        self.load();
+    }
+
     /// Checkpoints and freezes the memtable: what is returned, written to the base, makes it the whole state at the
     /// returned log index. When it is durable, call [`Overlay::flushed`] through [`Meta::kv_mut`].
     pub fn freeze(&mut self) -> (u64, Arc<Memtable>) {

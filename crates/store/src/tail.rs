@@ -68,7 +68,9 @@ impl TailMap {
         self.split_at(end);
         let gone: Vec<u32> =
             self.0.range(first..end).filter(|(_, span)| span.mark <= mark).map(|(start, _)| *start).collect();
-        gone.iter().for_each(|start| drop(self.0.remove(start)));
+        for start in gone {
+            self.0.remove(&start);
+        }
     }
 }
 

@@ -36,27 +36,9 @@ fn level_sizes(pages: usize) -> Vec<usize> {
 }
 
 impl Tree {
-    pub(crate) fn new(number: u64) -> Self {
-        Self { number, levels: vec![Vec::new()] }
-    }
-
-    pub(crate) fn number(&self) -> u64 {
-        self.number
-    }
-
     /// Upper bound of the pages an update of `dirty` pages writes when the tree has `pages` pages.
     pub(crate) fn update_cost(dirty: u64, pages: u64) -> u64 {
         dirty + pages / FANOUT as u64 + pages / (FANOUT * FANOUT) as u64 + 4
-    }
-
-    /// Slots in use.
-    pub(crate) fn slots(&self) -> impl Iterator<Item = u64> + '_ {
-        self.levels.iter().flatten().map(|pointer| pointer.slot).filter(|slot| *slot != 0)
-    }
-
-    /// Slots in use.
-    pub(crate) fn slot_count(&self) -> u64 {
-        self.slots().count() as u64
     }
 
     pub(crate) fn root(&self) -> TreeRoot {

@@ -237,7 +237,9 @@ fn run(seed: u64) -> Result<(), String> {
     let (rate, pace) = (1 + rng.below(6), 2 + rng.below(11));
     let (mut crashed, mut down) = (0, 0);
     for step in 0..3000u64 {
-        if step < 2000 && holder.pending.len() < 8 && rng.chance(1, rate) && !holder.reconcile {
+        // Writes after the end of the rebuild would only hide what went wrong in it.
+        let open = !world.nodes[1].orders.is_empty() && step < 2000;
+        if open && holder.pending.len() < 8 && rng.chance(1, rate) && !holder.reconcile {
             let (first, count) = (hot(&mut rng), 1 + rng.below(3) as u32);
             if holder.free(first, count) {
                 let value = if rng.chance(1, 5) { 0 } else { rng.next_u64() | 1 };
@@ -261,7 +263,7 @@ fn run(seed: u64) -> Result<(), String> {
             down = 1 + rng.below(60);
         }
         holder.turn(&mut world);
-        if step >= 2000 && holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty() {
+        if !open && down == 0 && holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty() {
             break;
         }
     }

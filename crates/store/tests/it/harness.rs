@@ -13,6 +13,9 @@ pub const BLOCK: usize = 4096;
 pub const UUID: [u8; 16] = [7; 16];
 pub const CLUSTER: ClusterId = ClusterId([9; 16]);
 
+/// The volume of chunks that only take up space.
+pub const FILLER: VolumeId = VolumeId(77);
+
 pub type Answer = Result<StoreReply, StoreError>;
 
 /// A block that says who wrote it: volume-wide unique `stamp`, chunk and block number.
@@ -169,9 +172,15 @@ impl World {
         Ok(stamps(chunk, first_block, &data))
     }
 
+    /// Chunks that belong to the workload, not to what fills the disk.
+    pub fn visible_chunks(&self) -> Vec<(ChunkId, u32)> {
+        let wanted = self.store.chunks().filter(|(_, info)| info.volume != FILLER);
+        wanted.map(|(id, info)| (id, info.block_count)).collect()
+    }
+
     /// All stamps of all chunks, versions included: what a reader can see.
     pub fn dump(&mut self) -> BTreeMap<(ChunkId, u32), u64> {
-        let chunks: Vec<(ChunkId, u32)> = self.store.chunks().map(|(id, info)| (id, info.block_count)).collect();
+        let chunks: Vec<(ChunkId, u32)> = self.visible_chunks();
         let mut all = BTreeMap::new();
         for (chunk, block_count) in chunks {
             let mut first = 0;

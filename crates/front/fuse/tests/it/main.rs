@@ -1,0 +1,47 @@
+//! Real mounts on this host over a cluster in memory. They need root and `/dev/fuse`, and say so when they skip.
+
+mod fsx;
+mod mounts;
+mod sharing;
+mod world;
+
+use cairn_fuse::{MountOptions, Mounted, mount_with};
+use std::path::Path;
+use tempfile::TempDir;
+use world::Cluster;
+
+/// A mount on a directory of its own. Fields drop in order: first the mount, then its directory.
+pub struct TestMount {
+    mounted: Mounted,
+    directory: TempDir,
+}
+
+impl TestMount {
+    /// Mounts `cluster`, or tells why it cannot.
+    pub fn new(cluster: &Cluster, options: &str) -> Option<Self> {
+        if std::fs::metadata("/dev/fuse").is_err() || !is_root() {
+            eprintln!("skipped: mounting needs root and /dev/fuse");
+            return None;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut settings = MountOptions::new("test", directory.path());
+        settings.apply(options).expect("options");
+        let mounted = mount_with(cluster.runner(), &settings).expect("mount");
+        Some(Self { mounted, directory })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Unmounts, in the open.
+    pub fn unmount(&mut self) {
+        self.mounted.unmount().expect("unmount");
+    }
+}
+
+fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
+}
