@@ -83,8 +83,10 @@ pub struct StartReport {
     pub chunks: u64,
     /// Copies that were being rebuilt.
     pub rebuilding: u64,
-    /// The store's own words.
-    pub store: String,
+    /// Groups of the store's log replayed since its last checkpoint.
+    pub groups_replayed: u64,
+    /// The log ended in an incomplete group that no flush had covered.
+    pub torn_tail: bool,
 }
 
 /// Who waits for the store to be durable: a client's flush, or a duplicate of a write that asked for durability.
@@ -262,8 +264,18 @@ impl CsCore {
     /// Figures as told to the metadata servers.
     pub fn stats(&self) -> CsStats {
         let store = self.store.stats();
-        let capacity = if self.config.capacity == 0 { store.capacity_bytes } else { self.config.capacity.min(store.capacity_bytes) };
-        CsStats { capacity, used: store.used_bytes, chunks: store.chunks, queue_depth: self.client_depth, ..self.counters }
+        let capacity = if self.config.capacity == 0 {
+            store.capacity_bytes
+        } else {
+            self.config.capacity.min(store.capacity_bytes)
+        };
+        CsStats {
+            capacity,
+            used: store.used_bytes,
+            chunks: store.chunks,
+            queue_depth: self.client_depth,
+            ..self.counters
+        }
     }
 
     /// Begins a planned stop: leaves a checkpoint behind, so that the next start has nothing to replay.
@@ -320,7 +332,6 @@ impl CsCore {
     }
 
     fn on_opened(&mut self, now: Now, report: OpenReport, out: &mut Effects) {
-        let report_lsn = report.lsn;
         let mut chunks = 0;
         for (chunk, info) in self.store.chunks() {
             chunks += 1;
@@ -342,14 +353,14 @@ impl CsCore {
             }
         }
         let rebuilding = self.copies.len() as u64;
-        let report = StartReport { boot: self.boot, chunks, rebuilding, store: format!("{report:?}") };
+        let (groups_replayed, torn_tail) = (report.groups_replayed, report.torn_tail);
         out.log.push(format!(
-            "the chunk store is open: {chunks} copies, {rebuilding} of them being rebuilt; {}",
-            report.store
+            "the chunk store is open: {chunks} copies, {rebuilding} of them being rebuilt; {groups_replayed} groups replayed{}",
+            if torn_tail { ", an unfinished one dropped" } else { "" }
         ));
-        self.opened = Some(report);
+        self.opened = Some(StartReport { boot: self.boot, chunks, rebuilding, groups_replayed, torn_tail });
         // The store opens only when everything it recovered is durable.
-        self.durable_lsn = report_lsn;
+        self.durable_lsn = report.lsn;
         self.mds.begin(now);
         self.scrub.begin(now);
         for (link, frames) in std::mem::take(&mut self.early) {
@@ -382,7 +393,8 @@ impl CsCore {
         if self.failed.is_some() {
             return;
         }
-        out.log.push(format!("the disk of this chunk server failed: {what}; it serves nothing until it is looked after"));
+        out.log
+            .push(format!("the disk of this chunk server failed: {what}; it serves nothing until it is looked after"));
         self.failed = Some(what);
         self.mds.heartbeat_now();
         for volume in self.volumes_with_waiters() {

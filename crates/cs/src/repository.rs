@@ -141,8 +141,12 @@ pub enum RepositoryError {
 
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        ErrorKind::ReadOnlyFilesystem => " (the file system is read-only: it may have failed; check the disk and mount it again)",
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => " (the file system is full: make room or choose a smaller size)",
+        ErrorKind::ReadOnlyFilesystem => {
+            " (the file system is read-only: it may have failed; check the disk and mount it again)"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            " (the file system is full: make room or choose a smaller size)"
+        }
         ErrorKind::PermissionDenied => " (permission denied: run as root or as the owner of the directory)",
         _ => "",
     }
@@ -294,7 +298,8 @@ fn lock(dir: &Path) -> Result<File, RepositoryError> {
         return Err(RepositoryError::NotACs { dir: dir.to_owned(), missing: "the directory itself" });
     }
     let path = dir.join("lock");
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(system("open", &path))?;
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).open(&path).map_err(system("open", &path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(RepositoryError::InUse { dir: dir.to_owned() }),
@@ -347,10 +352,15 @@ pub fn make_cs(make: &MakeCs, progress: impl FnMut(u64)) -> Result<CsIdentity, R
         None => make_store_file(make, &store, progress)?,
     };
     // Opened only to learn the size of a device; the reactor's kind of disk is not needed to format.
-    let size = cairn_env_real::Disk::open_file(&store, cairn_env_real::DiskOptions { fill_ahead: 0, ..Default::default() })?.size();
+    let size =
+        cairn_env_real::Disk::open_file(&store, cairn_env_real::DiskOptions { fill_ahead: 0, ..Default::default() })?
+            .size();
     let config = StoreConfig { cluster: make.cluster, store_uuid: identity.store, capacity_bytes: 0 };
-    let ops = cairn_store::format(&config, size)
-        .map_err(|source| RepositoryError::TooSmall { dir: dir.clone(), free: free.max(size), source })?;
+    let ops = cairn_store::format(&config, size).map_err(|source| RepositoryError::TooSmall {
+        dir: dir.clone(),
+        free: free.max(size),
+        source,
+    })?;
     write_format(&store, ops).map_err(system("format", &store))?;
     // Last of all: only now is the directory one of a chunk server.
     write_identity(dir, &identity)?;

@@ -16,6 +16,9 @@ use std::rc::Rc;
 
 /// How long a planned stop may take to leave a fresh checkpoint behind.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the store file of a locked directory may stay locked, and how often to look.
+const RING_PATIENCE: Duration = Duration::from_secs(10);
+const RING_POLL: Duration = Duration::from_millis(5);
 
 /// What the daemon is told.
 #[derive(Clone, Debug)]
@@ -104,16 +107,17 @@ pub struct RunningCs {
 ///
 /// # Errors
 /// [`CsRunError`] saying what is wrong and what to do.
-pub fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
+pub async fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
     let repository = Repository::open(&config.dir, &config.cluster_name)?;
     let identity = repository.identity().clone();
     if config.mds.is_empty() {
         return Err(CsRunError::NoMds(config.cluster_name.clone()));
     }
-    let disk = Disk::open_file(repository.store_path(), DiskOptions::default())?;
+    let disk = open_store(&repository).await?;
     let wanted = config.listen.unwrap_or((Ipv4Addr::UNSPECIFIED, 0).into());
     let listener = TcpListener::bind(wanted).map_err(|source| CsRunError::Listen { addr: wanted, source })?;
-    let addr = announced_address(&listener, config.mds[0]).map_err(|source| CsRunError::Listen { addr: wanted, source })?;
+    let addr =
+        announced_address(&listener, config.mds[0]).map_err(|source| CsRunError::Listen { addr: wanted, source })?;
     let options = StoreOptions {
         cluster: Some(identity.cluster),
         store_uuid: Some(identity.store),
@@ -151,6 +155,21 @@ pub fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
     let reactor = Reactor::start(reactor_config, core).map_err(CsRunError::Reactor)?;
     keep_identity(&reactor, repository);
     Ok(RunningCs { reactor, addr })
+}
+
+/// Opens the store file. The directory is locked already, so a lock on the file is the kernel's, which is still taking
+/// apart the disk ring of the process before.
+async fn open_store(repository: &Repository) -> Result<Disk, CsRunError> {
+    let mut patience = RING_PATIENCE;
+    loop {
+        match Disk::open_file(repository.store_path(), DiskOptions::default()) {
+            Err(OpenDiskError::InUse { .. }) if !patience.is_zero() => {
+                tokio::time::sleep(RING_POLL).await;
+                patience = patience.saturating_sub(RING_POLL);
+            }
+            other => return Ok(other?),
+        }
+    }
 }
 
 /// Writes the id down when the cluster gives one, and keeps the directory locked for as long as the reactor lives.
@@ -205,10 +224,14 @@ impl RunningCs {
 /// [`CsRunError`] saying what is wrong and what to do.
 pub fn run(config: &CsRunConfig) -> Result<(), CsRunError> {
     let ran = cairn_env_real::block_on_local(async {
-        let running = start(config)?;
-        cairn_env_real::log::write_line(&format!("chunk server in {} listens on {}", config.dir.display(), running.addr));
-        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
-            .map_err(CsRunError::Reactor)?;
+        let running = start(config).await?;
+        cairn_env_real::log::write_line(&format!(
+            "chunk server in {} listens on {}",
+            config.dir.display(),
+            running.addr
+        ));
+        let mut terminate =
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).map_err(CsRunError::Reactor)?;
         tokio::select! {
             biased;
             stopped = running.reactor.stopped() => match stopped {

@@ -154,7 +154,11 @@ mod tests {
         for state in [
             CopyState::Whole,
             CopyState::Rebuilding { base: None, joined: ChunkVersion(3), suspects: vec![] },
-            CopyState::Rebuilding { base: Some(ChunkVersion(0)), joined: ChunkVersion(3), suspects: vec![(1, 2), (9, 1)] },
+            CopyState::Rebuilding {
+                base: Some(ChunkVersion(0)),
+                joined: ChunkVersion(3),
+                suspects: vec![(1, 2), (9, 1)],
+            },
             CopyState::Rebuilt { joined: ChunkVersion(9) },
         ] {
             let tag = ChunkTag { state, replicas: vec![replica; 3] };

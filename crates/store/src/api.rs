@@ -395,13 +395,17 @@ pub enum OpenError {
         reason: SuperblockError,
     },
     /// Both superblock copies of one checkpoint are damaged, so the newest state is unknown.
-    #[error("both superblock copies at byte {offset} and 1 MiB above are damaged; remove this server and let its data be rebuilt")]
+    #[error(
+        "both superblock copies at byte {offset} and 1 MiB above are damaged; remove this server and let its data be rebuilt"
+    )]
     SuperblockDamaged {
         /// Byte offset of the first copy.
         offset: u64,
     },
     /// Groups on disk were written after a newer checkpoint than any superblock knows: a superblock write was lost.
-    #[error("a superblock of generation {needed} is missing, the newest is {found}; the device loses writes: replace it")]
+    #[error(
+        "a superblock of generation {needed} is missing, the newest is {found}; the device loses writes: replace it"
+    )]
     SuperblockLost {
         /// Newest generation found.
         found: u64,
@@ -443,7 +447,9 @@ pub enum OpenError {
         detail: String,
     },
     /// The log is damaged at a place that had been flushed: opening would lose acknowledged writes.
-    #[error("group {group} of the log at byte {offset} is damaged although it was flushed; remove this server and let its data be rebuilt")]
+    #[error(
+        "group {group} of the log at byte {offset} is damaged although it was flushed; remove this server and let its data be rebuilt"
+    )]
     LogDamaged {
         /// The group.
         group: u64,

@@ -102,8 +102,7 @@ impl LiveMap {
         let first = number * SLOTS_PER_PAGE;
         let inside = page.iter().enumerate().all(|(i, word)| {
             let base = first + i as u64 * 64;
-            base + 64 <= self.slot_count
-                || *word & !(((1u128 << self.slot_count.saturating_sub(base)) - 1) as u64) == 0
+            base + 64 <= self.slot_count || *word & !(((1u128 << self.slot_count.saturating_sub(base)) - 1) as u64) == 0
         });
         self.pages[number as usize] = Arc::new(page);
         inside

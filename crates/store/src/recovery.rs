@@ -414,8 +414,7 @@ impl Recovery {
             if !self.state.install_leaf(chunk, number, page.as_deref()) {
                 let first = number * LEAF_BLOCKS;
                 let count = self.state.chunks.get(chunk).expect("touched chunks exist").info.block_count;
-                out.notices
-                    .push(Notice::Corrupt { chunk, blocks: (first..count.min(first + LEAF_BLOCKS)).collect() });
+                out.notices.push(Notice::Corrupt { chunk, blocks: (first..count.min(first + LEAF_BLOCKS)).collect() });
             }
         }
         Ok(())

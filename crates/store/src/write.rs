@@ -436,8 +436,12 @@ impl Engine {
                 _ if blocks == 0 => PAGES_PER_CHANGE,
                 _ => PAGES_PER_CHANGE + u64::from((first + blocks - 1) / LEAF_BLOCKS - first / LEAF_BLOCKS + 1),
             };
-            match self.admit(mutation.is_privileged(), 1 + sums.blocks + data_slots, sums.new_slots + new_slots, sums.leaves + leaves)
-            {
+            match self.admit(
+                mutation.is_privileged(),
+                1 + sums.blocks + data_slots,
+                sums.new_slots + new_slots,
+                sums.leaves + leaves,
+            ) {
                 Admission::Yes => {}
                 Admission::Wait => {
                     self.checkpoint_requested = true;
@@ -541,13 +545,15 @@ impl Engine {
         if !privileged && new_slots > 0 && self.state.occupied() + self.inflight_new + new_slots > self.capacity() {
             return Admission::Full;
         }
-        let overloaded = self.state.dirty_leaf_count + self.inflight_leaves + leaves > 2 * self.options.dirty_leaves_max
+        let overloaded = self.state.dirty_leaf_count + self.inflight_leaves + leaves
+            > 2 * self.options.dirty_leaves_max
             || self.chain_groups >= 2 * self.options.chain_groups_max;
         if overloaded && (self.state.dirty_leaf_count > 0 || self.chain_groups > 0) {
             return Admission::Wait;
         }
         let floor = 8 + if privileged { 0 } else { self.privileged_reserve() };
-        let needed = self.state.space.group_cost(slots) + self.checkpoint_cost() + self.inflight_leaves + leaves + floor;
+        let needed =
+            self.state.space.group_cost(slots) + self.checkpoint_cost() + self.inflight_leaves + leaves + floor;
         if self.state.space.free() >= needed {
             return Admission::Yes;
         }
@@ -564,7 +570,8 @@ impl Engine {
 
     /// Slots that data and leaves may occupy. The rest is working space: one checkpoint's copies, quarantine, headers.
     pub(crate) fn capacity(&self) -> u64 {
-        let reserve = self.state.slot_count / 32 + 2 * self.state.live.page_count() + 2 * self.privileged_reserve() + 64;
+        let reserve =
+            self.state.slot_count / 32 + 2 * self.state.live.page_count() + 2 * self.privileged_reserve() + 64;
         self.state.slot_count - reserve
     }
 

@@ -172,14 +172,15 @@ impl CsCore {
     }
 
     fn tail_page(&self, id: VolumeId, skip: u64) -> CsReply {
-        let mut entries = self.store.tail(id).skip(usize::try_from(skip).unwrap_or(usize::MAX)).map(|entry| TailEntry {
-            chunk: entry.chunk,
-            first_block: entry.first_block,
-            block_count: entry.block_count,
-            epoch: entry.epoch,
-            sequence: entry.sequence,
-            unmap: entry.unmap,
-        });
+        let mut entries =
+            self.store.tail(id).skip(usize::try_from(skip).unwrap_or(usize::MAX)).map(|entry| TailEntry {
+                chunk: entry.chunk,
+                first_block: entry.first_block,
+                block_count: entry.block_count,
+                epoch: entry.epoch,
+                sequence: entry.sequence,
+                unmap: entry.unmap,
+            });
         let page: Vec<TailEntry> = entries.by_ref().take(CS_LIST_MAX).collect();
         let end = entries.next().is_none();
         CsReply::Tail { entries: page, end }
@@ -195,7 +196,8 @@ impl CsCore {
         let reply = match result {
             Ok(StoreReply::Changed { ranges, next }) => {
                 let below = mapped_below.unwrap_or(u32::MAX);
-                let wanted = |range: &ChangedRange| range.first_block < below && (mapped_below.is_none() || range.mapped);
+                let wanted =
+                    |range: &ChangedRange| range.first_block < below && (mapped_below.is_none() || range.mapped);
                 let ranges = ranges.into_iter().filter(wanted).map(|range| BlockRange {
                     first_block: range.first_block,
                     block_count: range.block_count.min(below - range.first_block),

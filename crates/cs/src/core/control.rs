@@ -31,28 +31,68 @@ pub(super) enum Audience {
 /// An operation in line.
 #[derive(Debug)]
 pub(super) enum Control {
-    Fence { epoch: Epoch, caller: Caller },
-    Create { chunk: ChunkId, layer: LayerId, index: u64, block_count: u32, version: ChunkVersion, caller: Caller },
-    Raise { chunk: ChunkId, since: ChunkVersion, version: ChunkVersion, audience: Audience },
-    Delete { chunk: ChunkId, version: ChunkVersion },
+    Fence {
+        epoch: Epoch,
+        caller: Caller,
+    },
+    Create {
+        chunk: ChunkId,
+        layer: LayerId,
+        index: u64,
+        block_count: u32,
+        version: ChunkVersion,
+        caller: Caller,
+    },
+    Raise {
+        chunk: ChunkId,
+        since: ChunkVersion,
+        version: ChunkVersion,
+        audience: Audience,
+    },
+    Delete {
+        chunk: ChunkId,
+        version: ChunkVersion,
+    },
     Rebuild(Box<RebuildOrder>),
     /// Every block was copied: say so in the tag, if it is still true when all writes before are answered.
-    EndRebuild { chunk: ChunkId, attempt: u64 },
+    EndRebuild {
+        chunk: ChunkId,
+        attempt: u64,
+    },
 }
 
 /// What is left to do when the store answered.
 #[derive(Debug)]
 pub(super) enum Done {
-    Fence { epoch: Epoch, caller: Caller },
-    Create { caller: Caller },
-    Raise { chunk: ChunkId, audience: Audience },
-    Delete { chunk: ChunkId, version: ChunkVersion },
+    Fence {
+        epoch: Epoch,
+        caller: Caller,
+    },
+    Create {
+        caller: Caller,
+    },
+    Raise {
+        chunk: ChunkId,
+        audience: Audience,
+    },
+    Delete {
+        chunk: ChunkId,
+        version: ChunkVersion,
+    },
     /// One of several steps; the last one carries on.
     Step,
     /// The old copy is gone: the rebuild begins with nothing.
-    Emptied { order: Box<RebuildOrder> },
-    Rebuild { chunk: ChunkId, copy: Box<Copy> },
-    EndRebuild { chunk: ChunkId, attempt: u64 },
+    Emptied {
+        order: Box<RebuildOrder>,
+    },
+    Rebuild {
+        chunk: ChunkId,
+        copy: Box<Copy>,
+    },
+    EndRebuild {
+        chunk: ChunkId,
+        attempt: u64,
+    },
 }
 
 impl CsCore {
@@ -190,7 +230,9 @@ impl CsCore {
     fn fail_control(&mut self, control: Control, what: &str, out: &mut Effects) {
         let error = || CsError::DiskFailed(what.to_owned());
         match control {
-            Control::Fence { caller, .. } | Control::Create { caller, .. } => self.answer_call(caller, Err(error()), out),
+            Control::Fence { caller, .. } | Control::Create { caller, .. } => {
+                self.answer_call(caller, Err(error()), out)
+            }
             Control::Raise { chunk, audience, .. } => self.tell(audience, chunk, Err(error()), out),
             // The metadata servers learn of the disk by the heartbeat.
             Control::Delete { .. } | Control::Rebuild(_) | Control::EndRebuild { .. } => {}
@@ -201,7 +243,8 @@ impl CsCore {
     fn begin_rebuild(&mut self, now: Now, id: VolumeId, order: RebuildOrder, out: &mut Effects) {
         let (chunk, version, joined) = (order.entry.chunk, order.entry.version, order.joined);
         let replicas = order.entry.replicas.clone();
-        let none = |base| Copy { base, joined, suspects: Vec::new(), fresh: super::rebuild::no_blocks(order.block_count) };
+        let none =
+            |base| Copy { base, joined, suspects: Vec::new(), fresh: super::rebuild::no_blocks(order.block_count) };
         let tag_of = |copy: &Copy| {
             let state = CopyState::Rebuilding { base: copy.base, joined, suspects: copy.suspects.clone() };
             ChunkTag { state, replicas: replicas.clone() }.encode()

@@ -100,7 +100,8 @@ impl CsCore {
             return Err((DataStatus::BadRequest, 0));
         }
         if info.version != request.version {
-            let known = if self.copies.contains_key(&request.chunk) && request.op == DataOp::Read { 0 } else { info.version.0 };
+            let known =
+                if self.copies.contains_key(&request.chunk) && request.op == DataOp::Read { 0 } else { info.version.0 };
             return Err((DataStatus::VersionMismatch, known));
         }
         if request.op == DataOp::Read && self.copies.contains_key(&request.chunk) {
@@ -377,7 +378,14 @@ impl CsCore {
         self.reply(caller, reply, Vec::new(), out);
     }
 
-    pub(super) fn refuse_in(&mut self, caller: Caller, id: VolumeId, status: DataStatus, detail: u64, out: &mut Effects) {
+    pub(super) fn refuse_in(
+        &mut self,
+        caller: Caller,
+        id: VolumeId,
+        status: DataStatus,
+        detail: u64,
+        out: &mut Effects,
+    ) {
         let reply = self.reply_of(id, status, detail);
         self.reply(caller, reply, Vec::new(), out);
     }

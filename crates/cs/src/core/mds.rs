@@ -3,9 +3,9 @@
 //! One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are tried
 //! in turn with a bounded, growing pause. Data requests never wait for any of this.
 
+use super::CsCore;
 use super::control::{Audience, Control};
 use super::rebuild::RebuildOrder;
-use super::CsCore;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};

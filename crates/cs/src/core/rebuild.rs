@@ -462,7 +462,8 @@ impl CsCore {
         let (volume, mut at) = (job.order.volume, 0usize);
         let holes = reply.flags & FLAG_ZERO != 0;
         let is_hole = |index: usize| {
-            holes || (reply.checksums[index] == zero_checksum() && is_zero(&payload[index * BLOCK_SIZE..][..BLOCK_SIZE]))
+            holes
+                || (reply.checksums[index] == zero_checksum() && is_zero(&payload[index * BLOCK_SIZE..][..BLOCK_SIZE]))
         };
         // Runs of equal kind become one write each.
         while at < block_count as usize {
@@ -499,7 +500,9 @@ impl CsCore {
         };
         let (mut at, end) = (first_block, first_block + block_count);
         let mut parts = 0;
-        while let Some((first, count)) = self.copies.get(&chunk).and_then(|c| run_outside(&c.fresh, at, end, u32::MAX / 2)) {
+        while let Some((first, count)) =
+            self.copies.get(&chunk).and_then(|c| run_outside(&c.fresh, at, end, u32::MAX / 2))
+        {
             at = first + count;
             // Later client writes reach the store later, so from here on the block is as good as copied.
             set_blocks(&mut self.copies.get_mut(&chunk).expect("found above").fresh, first, count);
@@ -509,7 +512,13 @@ impl CsCore {
             let (epoch, sequence) = (volume.fenced, Sequence(0));
             let request = match &data {
                 None => StoreRequest::Unmap {
-                    chunk, version, epoch, sequence, first_block: first, block_count: count, durable: false,
+                    chunk,
+                    version,
+                    epoch,
+                    sequence,
+                    first_block: first,
+                    block_count: count,
+                    durable: false,
                 },
                 Some((bytes, checksums)) => {
                     let (skip, len) = ((first - first_block) as usize, count as usize);
@@ -517,7 +526,14 @@ impl CsCore {
                     let data = bytes.slice(skip * BLOCK_SIZE, len * BLOCK_SIZE);
                     let data = if data.is_aligned() { data } else { Buf::copy_from(&data) };
                     StoreRequest::Write {
-                        chunk, version, epoch, sequence, first_block: first, checksums, data, durable: false,
+                        chunk,
+                        version,
+                        epoch,
+                        sequence,
+                        first_block: first,
+                        checksums,
+                        data,
+                        durable: false,
                     }
                 }
             };
@@ -543,6 +559,7 @@ impl CsCore {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "an answer with everything that identifies it")]
     pub(super) fn on_repaired(
         &mut self,
         now: Now,

@@ -95,12 +95,7 @@ impl CsCore {
         }
     }
 
-    pub(super) fn on_verified(
-        &mut self,
-        chunk: ChunkId,
-        result: Result<StoreReply, StoreError>,
-        out: &mut Effects,
-    ) {
+    pub(super) fn on_verified(&mut self, chunk: ChunkId, result: Result<StoreReply, StoreError>, out: &mut Effects) {
         self.scrub.running = false;
         match result {
             Ok(StoreReply::Verified { bad, next }) => {

@@ -29,7 +29,9 @@ impl Process for Other {
     fn step(&mut self, _now: Now, event: Event, out: &mut Effects) {
         match event {
             Event::Net(NetEvent::Up { link: LINK, .. }) => self.up = true,
-            Event::Net(NetEvent::Frame { link: LINK, frame }) => drop(self.frames.insert(frame.id, frame)),
+            Event::Net(NetEvent::Frame { link: LINK, frame }) => {
+                self.frames.insert(frame.id, frame);
+            }
             Event::Net(NetEvent::Frame { link, frame }) => {
                 let call: Call = cairn_wire::decode("call", &frame.prefix).unwrap();
                 let reply: Result<MdsReply, MdsError> = match call.request {
@@ -57,7 +59,8 @@ fn other() -> (Reactor<Other>, SocketAddr) {
     let addr = listener.local_addr().unwrap();
     let node = NodeId::Mds(MdsId(1));
     let identity = Identity { key: key(), cluster_name: "stor1".into(), cluster: Some(CLUSTER), node };
-    let config = ReactorConfig { identity, listen: vec![listener], disks: Vec::new(), options: ReactorOptions::default() };
+    let config =
+        ReactorConfig { identity, listen: vec![listener], disks: Vec::new(), options: ReactorOptions::default() };
     (Reactor::start(config, Other::default()).unwrap(), addr)
 }
 
@@ -98,8 +101,8 @@ async fn session(dir: &Path, generation: u64) -> u8 {
         listen: Some("127.0.0.1:0".parse().unwrap()),
         ..CsRunConfig::new(dir.to_owned(), "stor1".into(), key(), vec![mds])
     };
-    let running = start(&config).unwrap();
-    let again = start(&config);
+    let running = start(&config).await.unwrap();
+    let again = start(&config).await;
     assert!(matches!(again, Err(CsRunError::Repository(RepositoryError::InUse { .. }))));
     wait(|| other.with(|other, _, _| (other.heartbeats > 0).then_some(()))).await;
     other.with(|_, _, out| out.net.push(NetEffect::Connect { link: LINK, addr: running.addr }));
@@ -160,6 +163,6 @@ fn an_address_in_use_is_named() {
         listen: Some(taken.local_addr().unwrap()),
         ..CsRunConfig::new(make.dir.clone(), "stor1".into(), key(), vec!["127.0.0.1:9".parse().unwrap()])
     };
-    let result = block_on_local(async { start(&config).err() }).unwrap();
+    let result = block_on_local(async { start(&config).await.err() }).unwrap();
     assert!(result.is_some_and(|error| error.to_string().contains("another process uses this address")));
 }

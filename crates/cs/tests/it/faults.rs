@@ -110,7 +110,8 @@ fn a_full_disk_refuses_writes_and_goes_on_with_the_rest() {
     assert!(world.fence(client, 6).is_ok());
     let read = cairn_wire::data::DataRequest { chunk: ChunkId(1000), ..op(DataOp::Read, 1, 6, 0, 0) };
     assert_eq!(world.status(client, &read, Buf::default()), DataStatus::Ok);
-    let unmap = cairn_wire::data::DataRequest { chunk: ChunkId(1000), block_count: BLOCKS, ..op(DataOp::Unmap, 1, 6, 1, 0) };
+    let unmap =
+        cairn_wire::data::DataRequest { chunk: ChunkId(1000), block_count: BLOCKS, ..op(DataOp::Unmap, 1, 6, 1, 0) };
     assert_eq!(world.status(client, &unmap, Buf::default()), DataStatus::Ok);
     let (mut request, data) = write(1, 6, 2, 0, 64, 9);
     request.chunk = ChunkId(1000);

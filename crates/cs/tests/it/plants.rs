@@ -8,7 +8,10 @@ fn each_planted_bug_is_seen() {
         return;
     }
     let plants: [(&'static str, fn()); 6] = [
-        ("cs_skip_epoch_check_on_unmap", crate::basics::only_the_fenced_epoch_reads_and_writes_across_kill_and_power_cut),
+        (
+            "cs_skip_epoch_check_on_unmap",
+            crate::basics::only_the_fenced_epoch_reads_and_writes_across_kill_and_power_cut,
+        ),
         ("cs_epoch_compared_loosely", crate::basics::only_the_fenced_epoch_reads_and_writes_across_kill_and_power_cut),
         ("cs_epoch_only_in_memory", crate::basics::only_the_fenced_epoch_reads_and_writes_across_kill_and_power_cut),
         ("cs_mark_counts_undurable", crate::basics::durable_marks_follow_flushes_and_the_timer),

@@ -75,8 +75,10 @@ impl Holder {
 
     fn request(&self, op: &Op) -> (DataRequest, Buf) {
         let (mut request, data) = if op.value == 0 {
-            let request =
-                DataRequest { block_count: op.count, ..crate::world::op(DataOp::Unmap, self.version, EPOCH, op.sequence, op.first) };
+            let request = DataRequest {
+                block_count: op.count,
+                ..crate::world::op(DataOp::Unmap, self.version, EPOCH, op.sequence, op.first)
+            };
             (request, Buf::default())
         } else {
             write(self.version, EPOCH, op.sequence, op.first, op.count, op.value)
@@ -131,6 +133,12 @@ impl Holder {
         }
     }
 
+    /// Everything is answered by both, also after the last restart.
+    fn is_done(&self, world: &World) -> bool {
+        let connected = self.links.iter().flatten().filter(|client| !world.clients[**client].closed).count() == 2;
+        connected && self.pending.is_empty() && !self.reconcile && world.nodes[1].orders.is_empty()
+    }
+
     /// Rule 5.
     fn settle(&mut self) {
         if self.reconcile {
@@ -147,13 +155,13 @@ impl Holder {
     /// Rule 7, with the source as the only current replica: where the tails differ its block is written anew to both.
     fn reconcile_tails(&mut self, world: &mut World) {
         let mut latest = [BTreeMap::new(), BTreeMap::new()];
-        for node in 0..2 {
+        for (node, latest) in latest.iter_mut().enumerate() {
             let client = self.links[node].expect("both are up");
             let request = CsRequest::Tail { volume: VOLUME, epoch: Epoch(EPOCH), skip: 0 };
             let Ok(CsReply::Tail { entries, end: true }) = world.call(client, request) else { panic!("a tail") };
             for entry in entries {
                 for block in entry.first_block..entry.first_block + entry.block_count {
-                    let mark = latest[node].entry(block).or_insert((entry.epoch, entry.sequence));
+                    let mark = latest.entry(block).or_insert((entry.epoch, entry.sequence));
                     *mark = (*mark).max((entry.epoch, entry.sequence));
                 }
             }
@@ -259,11 +267,15 @@ fn run(seed: u64) -> Result<(), String> {
             }
         } else if crashed < crashes && step > 20 && rng.chance(1, 150) {
             crashed += 1;
-            if rng.chance(1, 2) { world.kill(1) } else { world.power_cut(1) }
+            if rng.chance(1, 2) {
+                world.kill(1)
+            } else {
+                world.power_cut(1)
+            }
             down = 1 + rng.below(60);
         }
         holder.turn(&mut world);
-        if !open && down == 0 && holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty() {
+        if !open && down == 0 && holder.is_done(&world) {
             break;
         }
     }
@@ -271,13 +283,13 @@ fn run(seed: u64) -> Result<(), String> {
         world.start(1);
     }
     for _ in 0..2000 {
-        if holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty() {
+        if holder.is_done(&world) {
             break;
         }
         world.pass(Duration::from_millis(50));
         holder.turn(&mut world);
     }
-    if !(holder.pending.is_empty() && !holder.reconcile && world.nodes[1].orders.is_empty()) {
+    if !holder.is_done(&world) {
         return Err(format!("seed {seed}: it does not end: {:?} {:?}", world.nodes[1].done, world.nodes[1].log));
     }
     let mut found = Vec::new();

@@ -142,7 +142,11 @@ fn a_copy_under_rebuild_takes_writes_and_serves_nothing_even_after_a_crash() {
         assert!(matches!(world.call(peer, changed), Err(CsError::VersionMismatch { .. })), "no source either");
         let repair = cairn_wire::data::DataRequest { flags: FLAG_REPAIR, ..op(DataOp::Read, 2, 0, 0, 0) };
         assert_eq!(world.status(peer, &repair, Buf::default()), DataStatus::VersionMismatch);
-        if round % 2 == 0 { world.power_cut(1) } else { world.kill(1) }
+        if round % 2 == 0 {
+            world.power_cut(1)
+        } else {
+            world.kill(1)
+        }
         world.start(1);
         world.pass(Duration::from_millis(500));
     }

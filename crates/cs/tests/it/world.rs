@@ -72,8 +72,6 @@ pub struct Client {
     pub closed: bool,
 }
 
-
-
 pub struct World {
     pub now: u64,
     pub rng: Rng,
@@ -180,7 +178,8 @@ impl World {
     fn vanish(&mut self, node: usize) {
         self.nodes[node].core = None;
         self.nodes[node].mds_link = None;
-        let ends: Vec<End> = self.routes.keys().filter(|end| matches!(end, End::Node(n, _) if *n == node)).copied().collect();
+        let ends: Vec<End> =
+            self.routes.keys().filter(|end| matches!(end, End::Node(n, _) if *n == node)).copied().collect();
         for end in ends {
             self.cut(end, "the peer died");
         }
@@ -559,7 +558,8 @@ fn is_about(order: &CsOrder, done: &OrderDone) -> bool {
         }
         // A rebuild that failed is ordered again.
         CsOrder::Rebuild { entry, .. } => {
-            (entry.chunk, entry.version, OrderKind::Rebuild) == (done.chunk, done.version, done.kind) && done.error.is_none()
+            (entry.chunk, entry.version, OrderKind::Rebuild) == (done.chunk, done.version, done.kind)
+                && done.error.is_none()
         }
         CsOrder::Delete { chunk, version } => {
             (*chunk, *version, OrderKind::Delete) == (done.chunk, done.version, done.kind)
@@ -597,7 +597,8 @@ pub fn write(version: u64, epoch: u64, sequence: u64, first_block: u32, count: u
     payload.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
     let payload = payload.freeze();
     let checksums = payload.chunks_exact(BLOCK_SIZE).map(crc64).collect();
-    let request = DataRequest { block_count: count, checksums, ..op(DataOp::Write, version, epoch, sequence, first_block) };
+    let request =
+        DataRequest { block_count: count, checksums, ..op(DataOp::Write, version, epoch, sequence, first_block) };
     (request, payload)
 }
 
@@ -622,7 +623,6 @@ pub fn rebuild(node: usize, version: u64, since: u64, sources: &[usize]) -> CsOr
         sources: sources.iter().map(|source| (cs_of(*source), addr_of(*source))).collect(),
     }
 }
-
 
 impl World {
     pub fn prepare_stop(&mut self, node: usize) {

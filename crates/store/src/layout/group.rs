@@ -42,9 +42,19 @@ pub(crate) struct GroupHeader {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Record<'a> {
     /// Blocks `first..first + count` of `chunk` got new data in the next `count` data slots of the group.
-    Write { chunk: ChunkId, first: u32, stamp: Stamp, checksums: Checksums<'a> },
+    Write {
+        chunk: ChunkId,
+        first: u32,
+        stamp: Stamp,
+        checksums: Checksums<'a>,
+    },
     /// Blocks `first..first + count` hold nothing any more.
-    Unmap { chunk: ChunkId, first: u32, count: u32, stamp: Stamp },
+    Unmap {
+        chunk: ChunkId,
+        first: u32,
+        count: u32,
+        stamp: Stamp,
+    },
     Create {
         chunk: ChunkId,
         volume: VolumeId,
@@ -54,13 +64,32 @@ pub(crate) enum Record<'a> {
         version: ChunkVersion,
         tag: &'a [u8],
     },
-    Delete { chunk: ChunkId },
-    SetVersion { chunk: ChunkId, version: ChunkVersion },
-    SetTag { chunk: ChunkId, tag: &'a [u8] },
-    Fence { volume: VolumeId, epoch: Epoch },
-    Settle { volume: VolumeId, epoch: Epoch, sequence: Sequence },
-    Forget { volume: VolumeId },
-    ForgetTail { chunk: ChunkId },
+    Delete {
+        chunk: ChunkId,
+    },
+    SetVersion {
+        chunk: ChunkId,
+        version: ChunkVersion,
+    },
+    SetTag {
+        chunk: ChunkId,
+        tag: &'a [u8],
+    },
+    Fence {
+        volume: VolumeId,
+        epoch: Epoch,
+    },
+    Settle {
+        volume: VolumeId,
+        epoch: Epoch,
+        sequence: Sequence,
+    },
+    Forget {
+        volume: VolumeId,
+    },
+    ForgetTail {
+        chunk: ChunkId,
+    },
 }
 
 /// Version, epoch and sequence of a write.
@@ -228,8 +257,17 @@ impl GroupHeader {
             }
             runs.push(run);
         }
-        let header =
-            GroupHeader { store_uuid: *store_uuid, group, session, previous, flushed_through, generation, next, after, runs };
+        let header = GroupHeader {
+            store_uuid: *store_uuid,
+            group,
+            session,
+            previous,
+            flushed_through,
+            generation,
+            next,
+            after,
+            runs,
+        };
         Some(Ok((header, checksum)))
     }
 
@@ -293,11 +331,8 @@ fn decode_record<'a>(take: &mut Take<'a>) -> Option<Record<'a>> {
     Some(match kind {
         1 | 2 => {
             let chunk = ChunkId(take.u64()?);
-            let stamp = Stamp {
-                version: version(take.u64()?)?,
-                epoch: Epoch(take.u64()?),
-                sequence: Sequence(take.u64()?),
-            };
+            let stamp =
+                Stamp { version: version(take.u64()?)?, epoch: Epoch(take.u64()?), sequence: Sequence(take.u64()?) };
             range(word, u32::from(small))?;
             if kind == 1 {
                 let checksums = Checksums(take.bytes(usize::from(small) * 8)?);
@@ -324,11 +359,9 @@ fn decode_record<'a>(take: &mut Take<'a>) -> Option<Record<'a>> {
             Record::SetTag { chunk, tag }
         }
         7 => Record::Fence { volume: VolumeId(take.u64()?), epoch: Epoch(take.u64()?) },
-        8 => Record::Settle {
-            volume: VolumeId(take.u64()?),
-            epoch: Epoch(take.u64()?),
-            sequence: Sequence(take.u64()?),
-        },
+        8 => {
+            Record::Settle { volume: VolumeId(take.u64()?), epoch: Epoch(take.u64()?), sequence: Sequence(take.u64()?) }
+        }
         9 => Record::Forget { volume: VolumeId(take.u64()?) },
         10 => Record::ForgetTail { chunk: ChunkId(take.u64()?) },
         _ => return None,

@@ -130,9 +130,8 @@ impl Model {
     pub fn check_after(&mut self, world: &mut World, crash: Crash) {
         self.check_chunks(world);
         let found = world.dump();
-        let promised = |value: &Value| {
-            self.lsn.get(&value.token).is_some_and(|lsn| crash == Crash::Kill || *lsn <= self.flushed)
-        };
+        let promised =
+            |value: &Value| self.lsn.get(&value.token).is_some_and(|lsn| crash == Crash::Kill || *lsn <= self.flushed);
         // The newest log sequence number that certainly survived.
         let mut newest = 0;
         for (key, stamp) in &found {
@@ -140,7 +139,11 @@ impl Model {
             let floor = values.iter().rposition(promised);
             let shown = values.iter().enumerate().position(|(i, v)| v.stamp == *stamp && Some(i) >= floor);
             let initial = *stamp == 0 && floor.is_none();
-            assert!(shown.is_some() || initial, "I1: {key:?} shows {stamp}, {crash:?}, flushed {}, {values:?}", self.flushed);
+            assert!(
+                shown.is_some() || initial,
+                "I1: {key:?} shows {stamp}, {crash:?}, flushed {}, {values:?}",
+                self.flushed
+            );
             if let (Some(shown), false) = (shown, initial) {
                 newest = newest.max(self.lsn.get(&values[shown].token).copied().unwrap_or(0));
             }
