@@ -17,15 +17,18 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const BLOCKS: u64 = 65_536;
 const REQUEST: usize = 4096;
 const PREFIX: usize = 72;
 
-/// Writes each request to a random place and answers when it is there.
+/// Turns of all servers, to see how many requests one turn serves.
+static TURNS: AtomicU64 = AtomicU64::new(0);
+
+/// Writes each request to another place and answers when it is there.
 struct Server {
-    rng: cairn_stdx::Rng,
     waiting: BTreeMap<u64, (LinkId, u64)>,
     ios: u64,
 }
@@ -52,9 +55,10 @@ impl Process for Server {
                     payload: vec![],
                 });
             }
-            _ => {
-                self.rng.next_u64();
+            Event::Turn => {
+                TURNS.fetch_add(1, Ordering::Relaxed);
             }
+            _ => {}
         }
     }
 }
@@ -135,6 +139,7 @@ struct Outcome {
     cpu_us: f64,
     p50: f64,
     p99: f64,
+    turns: f64,
 }
 
 /// Runs `clients` client threads of `depth` each and relates what the rest of this process used to their work.
@@ -157,6 +162,7 @@ fn measure(addr: SocketAddr, clients: usize, depth: usize, handshake: bool, seco
         cpu_us: (total.saturating_sub(client_cpu)).as_secs_f64() * 1e6 / count,
         p50: quantile(0.5),
         p99: quantile(0.99),
+        turns: TURNS.swap(0, Ordering::Relaxed) as f64 / count,
     }
 }
 
@@ -174,7 +180,7 @@ fn reactor_server(path: PathBuf, spin_us: u32) -> SocketAddr {
             };
             let options = ReactorOptions { spin_us, ..ReactorOptions::default() };
             let config = ReactorConfig { identity, listen: vec![listener], disks: vec![disk], options };
-            let server = Server { rng: cairn_stdx::Rng::new(1), waiting: BTreeMap::new(), ios: 0 };
+            let server = Server { waiting: BTreeMap::new(), ios: 0 };
             let reactor = Reactor::start(config, server).expect("start");
             reactor.stopped().await
         });
@@ -219,10 +225,10 @@ fn main() {
     let path = directory.join(format!("echo_bench.{}", std::process::id()));
     Disk::create_filled(&path, BLOCKS * 4096, |_| ()).expect("create the disk");
     let print = |name: &str, run: &Outcome, base: &Outcome| {
-        let Outcome { rate, cpu_us, p50, p99 } = run;
+        let Outcome { rate, cpu_us, p50, p99, turns } = run;
         let ratio = rate / base.rate;
         println!(
-            "{name:34} {rate:9.0}/s  {cpu_us:6.2} CPU-us/op  p50 {p50:7.1} us  p99 {p99:8.1} us  ratio {ratio:.2}"
+            "{name:34} {rate:9.0}/s  {cpu_us:6.2} CPU-us/op  p50 {p50:7.1} us  p99 {p99:8.1} us  ratio {ratio:.2}  turns/op {turns:.2}"
         );
     };
     let blocking = blocking_server(&path);

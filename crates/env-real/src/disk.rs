@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const CREATE_PIECE: u64 = 4 << 20;
+const LOCK_ATTEMPTS_MAX: u32 = 50;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// How to open a disk.
 #[derive(Clone, Debug)]
@@ -107,13 +109,23 @@ fn open_direct(options: &OpenOptions, path: &Path, direct: bool) -> io::Result<(
     Ok((options.open(path)?, false))
 }
 
+/// Locks a disk. The kernel may hold the lock of a process that has just died a little longer than the process lived,
+/// until its last writes are done.
 fn lock(file: &File, path: &Path, shared: bool) -> Result<(), OpenDiskError> {
-    let locked = if shared { file.try_lock_shared() } else { file.try_lock() };
-    match locked {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(OpenDiskError::InUse { path: path.to_owned() }),
-        Err(TryLockError::Error(source)) => Err(system("lock", path)(source)),
+    for attempt in 1.. {
+        match if shared { file.try_lock_shared() } else { file.try_lock() } {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) if attempt < LOCK_ATTEMPTS_MAX => pause(LOCK_PAUSE),
+            Err(TryLockError::WouldBlock) => return Err(OpenDiskError::InUse { path: path.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(system("lock", path)(source)),
+        }
     }
+    Ok(())
+}
+
+#[expect(clippy::disallowed_methods, reason = "opening happens before any reactor turns")]
+fn pause(time: Duration) {
+    std::thread::sleep(time);
 }
 
 /// Makes the directory entry of a new file survive a power cut.

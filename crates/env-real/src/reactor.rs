@@ -257,6 +257,10 @@ impl<P: Process + 'static> Reactor<P> {
         let mut state = self.0.state.borrow_mut();
         let State { process, effects, .. } = &mut *state;
         let result = f(process, clock::now(), effects);
+        if state.is_stopped() {
+            // Nobody carries them out any more, and they must not pile up.
+            state.effects = Effects::default();
+        }
         self.0.schedule_turn();
         result
     }
@@ -338,6 +342,8 @@ impl<P: Process + 'static> Inner<P> {
         state.stopped = Some(why);
         state.links.close_all();
         self.tasks.borrow_mut().drain(..).for_each(|task| task.abort());
+        // Hooks often hold a handle to this reactor; with them it would never be freed, nor its disks unlocked.
+        self.hooks.borrow_mut().clear();
         self.stop_signal.notify_waiters();
     }
 
@@ -502,6 +508,9 @@ impl<P: Process + 'static> Inner<P> {
         }
         let handle = Reactor(Rc::clone(self));
         hooks.iter_mut().for_each(|hook| hook(&handle));
+        if self.state.borrow().is_stopped() {
+            return;
+        }
         let added = std::mem::replace(&mut *self.hooks.borrow_mut(), hooks);
         self.hooks.borrow_mut().extend(added);
     }

@@ -115,7 +115,6 @@ pub struct Ring {
     slots: Vec<Slot>,
     free: Vec<u32>,
     zeros: Buf,
-    unsubmitted: usize,
     check_at: Option<Instant>,
     offloaded: Vec<Offloaded>,
     done: Vec<(DiskIndex, DiskDone)>,
@@ -169,7 +168,6 @@ impl Ring {
             slots: Vec::new(),
             free: Vec::new(),
             zeros: Buf::zeroed(FILL_PIECE_MAX as usize),
-            unsubmitted: 0,
             check_at: None,
             offloaded: Vec::new(),
             done: Vec::new(),
@@ -261,9 +259,10 @@ impl Ring {
                 self.launch(op);
             }
         }
-        while self.unsubmitted > 0 {
+        while !self.uring.submission().is_empty() {
             match self.uring.submit() {
-                Ok(count) => self.unsubmitted -= count.min(self.unsubmitted),
+                Ok(0) => break,
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // The kernel is short of something for the moment; the next turn tries again.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM)) => break,
@@ -275,14 +274,13 @@ impl Ring {
 
     /// True when [`Ring::drain`] would find something, or [`Ring::submit`] left something behind.
     pub fn has_work(&mut self) -> bool {
-        !self.done.is_empty() || self.unsubmitted > 0 || !self.uring.completion().is_empty()
+        !self.done.is_empty() || !self.uring.submission().is_empty() || !self.uring.completion().is_empty()
     }
 
     /// True when completions wait; looks at memory only, unless the kernel asks to be entered for them.
     pub fn poll_completions(&mut self) -> bool {
         if self.uring.submission().taskrun() {
-            let entered = self.uring.submit().unwrap_or(0);
-            self.unsubmitted -= entered.min(self.unsubmitted);
+            let _ = self.uring.submit();
         }
         !self.uring.completion().is_empty()
     }
@@ -292,7 +290,8 @@ impl Ring {
         let mut arrived = [(0u64, 0i32); 64];
         loop {
             let mut count = 0;
-            for (entry, place) in self.uring.completion().zip(arrived.iter_mut()) {
+            // The places come first: `zip` asks the completions only when there is room, and what it takes is gone.
+            for (place, entry) in arrived.iter_mut().zip(self.uring.completion()) {
                 *place = (entry.user_data(), entry.result());
                 count += 1;
             }
@@ -443,7 +442,6 @@ impl Ring {
         // its `Disk` lives as long as the ring.
         unsafe { self.uring.submission().push(&entry.user_data(ticket)) }
             .expect("the ring has an entry for every request in flight");
-        self.unsubmitted += 1;
     }
 
     fn complete(&mut self, ticket: u64, result: i32) {
@@ -530,8 +528,15 @@ impl Drop for Ring {
             let _ = self.uring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&wait));
             let arrived: Vec<u64> = self.uring.completion().map(|entry| entry.user_data()).collect();
             for ticket in arrived {
-                self.slots[ticket as u32 as usize].op = None;
+                if let Some(op) = self.slots[ticket as u32 as usize].op.take() {
+                    self.disks[op.disk].in_flight -= 1;
+                }
             }
+        }
+        // The kernel drops its references to the files some time after the ring is closed; the next to open them should
+        // not have to wait. While requests are under way the lock stays: nobody else may write here yet.
+        for disk in self.disks.iter().filter(|state| state.in_flight == 0) {
+            let _ = disk.disk.file.unlock();
         }
         if in_kernel(self) {
             std::mem::forget(std::mem::take(&mut self.slots));
