@@ -423,6 +423,14 @@ impl SimDisk {
         self.candidates().into_keys().collect()
     }
 
+    /// Pages ever written, in order.
+    pub fn written_pages(&self) -> Vec<u64> {
+        let mut pages: Vec<u64> = self.stable.keys().chain(self.dirty.keys()).copied().collect();
+        pages.sort_unstable();
+        pages.dedup();
+        pages
+    }
+
     fn candidates(&self) -> BTreeMap<u64, Vec<Arc<Page>>> {
         let mut all: BTreeMap<u64, Vec<Arc<Page>>> = BTreeMap::new();
         for (number, versions) in &self.dirty {

@@ -18,6 +18,7 @@ mod api;
 mod bitmap;
 mod checkpoint;
 mod chunks;
+pub mod doctor;
 mod engine;
 mod format;
 mod layout;

@@ -73,7 +73,7 @@ fn damaged(structure: &'static str, slot: u64, detail: impl Into<String>) -> Ope
     OpenError::Damaged { structure, offset: slot * SLOT_U64, detail: detail.into() }
 }
 
-const TREE_NAMES: [&str; 4] = ["bitmap tree", "chunk tree", "volume tree", "tail tree"];
+pub(crate) const TREE_NAMES: [&str; 4] = ["bitmap tree", "chunk tree", "volume tree", "tail tree"];
 
 impl Recovery {
     pub(crate) fn new(options: StoreOptions, device_size: u64, out: &mut StoreOutput) -> Result<Self, OpenError> {
@@ -192,7 +192,8 @@ impl Recovery {
         for (page_number, page) in pages.iter().enumerate() {
             let slot = load.wanted()[page_number].slot;
             let bytes = page.as_deref().unwrap_or(&[]);
-            self.load_page(number, page_number as u64, bytes).map_err(|detail| damaged(name, slot, detail))?;
+            let outcome = load_tree_page(&mut self.state, number, page_number as u64, bytes);
+            outcome.map_err(|detail| damaged(name, slot, detail))?;
         }
         self.trees.push(load.finish());
         if number == 1 {
@@ -207,24 +208,6 @@ impl Recovery {
             self.phase = Phase::Walk;
         }
         Ok(())
-    }
-
-    fn load_page(&mut self, tree: usize, number: u64, bytes: &[u8]) -> Result<(), &'static str> {
-        let slot_count = self.state.slot_count;
-        match tree {
-            0 if bytes.is_empty() => Ok(()),
-            0 if self.state.live.load(number, bytes) => Ok(()),
-            0 => Err("a bit beyond the end of the disk"),
-            1 => self.state.chunks.load_page(number, bytes, slot_count),
-            2 if bytes.is_empty() => self.state.volumes.load_page(&[0; SLOT]),
-            2 => self.state.volumes.load_page(bytes),
-            _ => {
-                for entry in if bytes.is_empty() { Vec::new() } else { parse_tail_page(bytes)? } {
-                    self.state.restore_tail(&entry)?;
-                }
-                Ok(())
-            }
-        }
     }
 
     fn check_leaf_pointers(&mut self) -> Result<(), OpenError> {
@@ -493,6 +476,18 @@ impl Recovery {
                 }
             }
         }
+    }
+}
+
+/// Installs one page of a metadata tree; an absent page has no bytes.
+pub(crate) fn load_tree_page(state: &mut State, tree: usize, number: u64, bytes: &[u8]) -> Result<(), &'static str> {
+    match tree {
+        0 if bytes.is_empty() || state.live.load(number, bytes) => Ok(()),
+        0 => Err("a bit beyond the end of the disk"),
+        1 => state.chunks.load_page(number, bytes, state.slot_count),
+        2 => state.volumes.load_page(if bytes.is_empty() { &[0; SLOT] } else { bytes }),
+        _ if bytes.is_empty() => Ok(()),
+        _ => parse_tail_page(bytes)?.iter().try_for_each(|entry| state.restore_tail(entry)),
     }
 }
 

@@ -79,7 +79,8 @@ impl Space {
         slots + 2 * self.run_target()
     }
 
-    /// Marks a run as reserved when it is taken over from a header; false when a slot of it is in use.
+    /// Marks a run as reserved when it is taken over from a header; false when a slot of it is in
+    /// use or nothing could follow the next header.
     #[must_use]
     pub(crate) fn adopt(&mut self, current: Run, after: Run) -> bool {
         let fresh = [current, after].iter().all(|run| (run.start..run.end).all(|slot| self.busy.set(slot)));
@@ -89,7 +90,7 @@ impl Space {
         if self.after.is_empty() {
             self.reserve_after();
         }
-        fresh
+        fresh && !self.current.is_empty() && self.current.len() + self.after.len() > 1
     }
 
     fn reserve_after(&mut self) {

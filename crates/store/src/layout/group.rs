@@ -1,7 +1,7 @@
 //! Group headers: one slot of records in front of (or, on a fragmented disk, beside) the data slots they describe.
 
 use super::bytes::{Put, Take};
-use super::superblock::ChainPosition;
+use super::superblock::{COUNT_MAX, ChainPosition};
 use super::{CHUNK_BLOCKS_MAX, FORMAT_VERSION, Run, SLOT, TAG_BYTES_MAX, VERSION_MAX, is_superblock};
 use cairn_env::BufMut;
 use cairn_stdx::checksum::crc64;
@@ -239,6 +239,9 @@ impl GroupHeader {
         let (record_bytes, _records, run_count, version) = (take.u16()?, take.u16()?, take.u16()?, take.u16()?);
         if version != FORMAT_VERSION {
             return Some(Err("version"));
+        }
+        if group > COUNT_MAX || session > COUNT_MAX {
+            return Some(Err("counters"));
         }
         if !next.is_valid(slot_count) || next.is_empty() || !after.is_valid(slot_count) {
             return Some(Err("next"));

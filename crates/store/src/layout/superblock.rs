@@ -6,6 +6,8 @@ use cairn_stdx::checksum::crc64;
 use cairn_types::ClusterId;
 
 const MAGIC: [u8; 8] = *b"CAIRNCS1";
+/// Counters of groups, sessions and generations stay below this; a higher one is forged.
+pub(crate) const COUNT_MAX: u64 = 1 << 60;
 /// Metadata trees, in the order of their roots: bitmap, chunks, volumes, tails.
 pub(crate) const TREES: usize = 4;
 
@@ -124,6 +126,9 @@ impl Superblock {
         let field = |field| Some(Err(SuperblockError::Field { field }));
         if !(SLOTS_MIN..=SLOTS_MAX).contains(&slot_count) {
             return field("slot_count");
+        }
+        if [group, session, generation].iter().any(|count| *count > COUNT_MAX) {
+            return field("counters");
         }
         if !current.is_valid(slot_count) || current.is_empty() || !after.is_valid(slot_count) {
             return field("chain");

@@ -75,6 +75,10 @@ pub fn crash_loop(seed: u64, rounds: u32) {
             1 | 2 => checked.crash(Crash::Kill),
             _ => checked.crash(Crash::PowerCut),
         }
+        if rng.chance(1, 3) {
+            let report = checked.world.doctor(rng.chance(1, 4));
+            assert!(report.is_healthy(), "I10: {report}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! A store on a simulated disk, driven one completion at a time, and the model it is compared with.
 
-use cairn_env::{Buf, BufMut, DiskOp, DiskRequest, IoId};
+use cairn_env::{BufMut, DiskRequest, IoId};
 use cairn_env_sim::SimDisk;
 use cairn_stdx::Rng;
 use cairn_stdx::checksum::crc64;
@@ -142,6 +142,23 @@ impl World {
         true
     }
 
+    /// Completes everything but the requests in `held`.
+    pub fn settle_except(&mut self, held: &[IoId]) {
+        loop {
+            self.turn();
+            let next: Vec<IoId> = self.disk.pending().filter(|io| !held.contains(io)).collect();
+            let Some(io) = self.rng.choose(&next) else { return };
+            let done = self.disk.complete(*io).unwrap();
+            self.store.disk_done(NOW, done, &mut self.out);
+            self.pass_on();
+        }
+    }
+
+    /// What `doctor` says about the disk as it is.
+    pub fn doctor(&self, deep: bool) -> doctor::Report {
+        doctor::check(&mut |offset, len| Ok(self.disk.peek(offset, len)), self.disk.size(), deep)
+    }
+
     /// Runs until nothing moves any more.
     pub fn settle(&mut self) {
         loop {
@@ -246,14 +263,5 @@ pub fn unmap(chunk: u64, first: u32, count: u32, stamp: u64) -> StoreRequest {
         first_block: first,
         block_count: count,
         durable: false,
-    }
-}
-
-/// Bytes of a disk request that only a test of formats needs.
-#[allow(dead_code, reason = "used by some test files only")]
-pub fn op_bytes(op: &DiskOp) -> Vec<Buf> {
-    match op {
-        DiskOp::Write { bufs, .. } => bufs.clone(),
-        _ => Vec::new(),
     }
 }
