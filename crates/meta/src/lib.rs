@@ -16,6 +16,7 @@
 //!
 //! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart.
 
+mod check;
 mod chunks;
 mod command;
 pub mod config;
