@@ -129,8 +129,10 @@ impl<K: Kv> Meta<K> {
             }
         }
         self.index_copies(volume, index, id, old, new);
-        if old.is_some() {
-            self.reconcile_orders(volume, index, old, new, raise);
+        if let Some(old) = old {
+            // A rebuild needs its sources at the very version, also when the lease holder that should raise them died.
+            let raise = raise || new.is_some_and(|new| new.version > old.version && new.is_replicating());
+            self.reconcile_orders(volume, index, Some(old), new, raise);
         }
         match new {
             Some(new) => self.put_record(&keys::chunk(volume, index), new),

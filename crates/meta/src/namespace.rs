@@ -54,8 +54,8 @@ impl<K: Kv> Meta<K> {
         self.mds_bootstrap(first);
         let text = format!("cluster {name} ({cluster}) was created");
         self.globals.identity = Some(crate::record::Identity { cluster, name });
-        self.globals.tick_wall_ns = self.wall_ns;
-        let mut root = Inode::new(InodeKind::Directory, 0o755, 0, 0, Policy::default(), self.wall_ns);
+        self.globals.tick_wall_ns = self.globals.wall_ns;
+        let mut root = Inode::new(InodeKind::Directory, 0o755, 0, 0, Policy::default(), self.globals.wall_ns);
         root.parent = InodeId::ROOT;
         self.put_inode(InodeId::ROOT, &root);
         self.globals.inodes = 1;

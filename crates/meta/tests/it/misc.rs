@@ -350,7 +350,7 @@ fn space_is_counted_by_failure_domain_and_a_full_cluster_refuses_in_words() {
         world.server(host, capacity << 30);
     }
     let Ok(MdsReply::StatFs { capacity, .. }) = world.meta.query(&MdsRequest::StatFs) else { panic!() };
-    assert_eq!(capacity >> 30, 189, "200 GiB less the margin");
+    assert_eq!(capacity >> 30, 190, "200 GiB less the margin");
     let options =
         VolumeOptions { redundancy: Some(cairn_types::Redundancy::new(5, 4).unwrap()), ..VolumeOptions::default() };
     let volume = world.volume(session, "v", options).volume;

@@ -108,7 +108,7 @@ impl Cluster {
             None if replica.role == ReplicaRole::Current && !self.written.contains_key(&index) => None,
             None => Some((replica.cs, false)),
             Some(copy) if replica.role == ReplicaRole::Rebuilding => {
-                (!copy.rebuilding || copy.version != entry.version).then_some((replica.cs, false))
+                (copy.version != entry.version).then_some((replica.cs, false))
             }
             Some(copy) if copy.rebuilding => Some((replica.cs, false)),
             Some(copy) => {
@@ -168,20 +168,8 @@ impl Cluster {
                 let copies = &mut self.servers.get_mut(&cs).unwrap().copies;
                 let copy = copies.get_mut(&entry.chunk).unwrap();
                 copy.value = copy.value.max(value);
+                copy.rebuilding = false;
                 done(entry.chunk, entry.version, OrderKind::Rebuild, None)
-            }
-        }
-    }
-
-    /// A rebuilding copy becomes an ordinary one when its server sees it promoted.
-    fn promote_copies(&mut self) {
-        for entry in self.world.chunks(self.volume) {
-            for replica in entry.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current) {
-                if let Some(copy) = self.servers.get_mut(&replica.cs).unwrap().copies.get_mut(&entry.chunk) {
-                    if copy.rebuilding && copy.version >= replica.since {
-                        copy.rebuilding = false;
-                    }
-                }
             }
         }
     }
@@ -212,7 +200,6 @@ impl Cluster {
             for cs in &all {
                 self.heartbeat(*cs);
             }
-            self.promote_copies();
             self.world.tick(SECOND);
             let counts = self.world.meta.chunk_counts();
             let idle = counts.healthy == counts.total && counts.replicating == 0 && counts.deleting == 0;
@@ -284,7 +271,6 @@ pub fn random_failures_keep_every_current_copy_true_and_heal() {
                 }
                 _ => cluster.world.tick(rng.below(3) * SECOND),
             }
-            cluster.promote_copies();
             cluster.check_truth(&context);
             if step % 10 == 0 {
                 cluster.world.meta.check();
@@ -344,7 +330,6 @@ impl Cluster {
                     self.heartbeat(*cs);
                 }
             }
-            self.promote_copies();
             self.world.tick(SECOND);
         }
     }
@@ -432,7 +417,7 @@ fn a_drained_server_leaves_when_its_chunks_live_elsewhere() {
         cluster.world.call(cluster.session, MdsRequest::CsRemove { cs, force: true, cancel: false }),
         Err(MdsError::Refused(_))
     ));
-    cluster.run(3);
+    cluster.run(1);
     cluster.world.call(cluster.session, remove(true)).unwrap();
     cluster.heal();
     assert!(!cluster.servers[&cs].copies.is_empty());
