@@ -389,8 +389,9 @@ impl<K: Kv> Meta<K> {
             let mut new = old.clone();
             if old.replica(cs).is_some() && !old.is_last_current(cs) {
                 new.bump();
-                if !planted!("failed_replica_stays_in_set") {
-                    new.take_out(cs, false);
+                new.take_out(cs, false);
+                if planted!("replica_forgotten_in_version_change") && new.current() > 1 {
+                    new.replicas.pop();
                 }
                 self.set_chunk(volume, index, Some(&old), Some(&mut new), false);
                 changed = true;

@@ -122,12 +122,18 @@ impl<K: Kv> Meta<K> {
 
     /// One step of a walk; `.` and `..` are understood.
     fn step(&self, parent: InodeId, name: &[u8]) -> Result<InodeId, MdsError> {
+        if name.len() > NAME_MAX {
+            return Err(posix(errno::ENAMETOOLONG));
+        }
+        // An entry shows that the directory exists; only without one it is to be found out why.
+        if let Some(entry) = self.entry(parent, name) {
+            return Ok(entry.inode);
+        }
         let directory = self.directory(parent)?;
         match name {
             b"." => Ok(parent),
             b".." => Ok(directory.parent),
-            _ if name.len() > NAME_MAX => Err(posix(errno::ENAMETOOLONG)),
-            _ => Ok(self.entry_or_enoent(parent, name)?.inode),
+            _ => Err(posix(errno::ENOENT)),
         }
     }
 

@@ -10,6 +10,7 @@ use crate::placement::{self, Wish};
 use crate::record::{Chunk, ChunkState, Inode, Order, OrderKindRecord, Policy, Standing};
 use crate::state::{Meta, decode_record};
 use crate::{chunks, keys};
+use cairn_stdx::planted;
 use cairn_types::{CsId, InodeId, VolumeId};
 use cairn_wire::mds::{CsOrder, OrderDone, Replica, ReplicaRole, Severity};
 
@@ -160,8 +161,14 @@ impl<K: Kv> Meta<K> {
                 chunk.take_out(cs, true);
             }
             for cs in targets {
+                let returning = chunk.stale.iter().any(|stale| stale.cs == cs);
                 chunk.stale.retain(|stale| stale.cs != cs);
-                chunk.replicas.push(Replica { cs, role: ReplicaRole::Rebuilding, since: chunk.version });
+                let role = if planted!("stale_copy_rejoins_as_current") && returning {
+                    ReplicaRole::Current
+                } else {
+                    ReplicaRole::Rebuilding
+                };
+                chunk.replicas.push(Replica { cs, role, since: chunk.version });
             }
         }
         self.drop_surplus(chunk, policy);

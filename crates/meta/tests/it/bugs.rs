@@ -13,6 +13,7 @@ fn caught(name: &'static str, test: fn()) {
 fn every_planted_bug_is_seen() {
     caught("rename_retry_executes_again", crate::leases::a_call_takes_effect_once_however_often_it_comes);
     caught("epoch_not_raised_on_regrant", crate::leases::whoever_asks_there_is_one_exclusive_holder_and_epochs_rise);
-    caught("failed_replica_stays_in_set", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
+    caught("replica_forgotten_in_version_change", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
+    caught("stale_copy_rejoins_as_current", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
     caught("chunk_counts_drift", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
 }

@@ -155,8 +155,8 @@ fn one_log_one_state() {
                     let base = third.kv_mut().base_mut();
                     for (key, value) in frozen.iter() {
                         match value {
-                            Some(value) => base.put(key, value.clone()),
-                            None => base.delete(key),
+                            Some(value) => base.put(key.as_slice(), value.clone()),
+                            None => base.delete(key.as_slice()),
                         }
                     }
                     third.kv_mut().flushed();
