@@ -119,17 +119,19 @@ fn main() {
     println!("{:<28} {:>7} B (keys and values, entry included)", "  per inode", bytes as u64 / FILES);
     bench.measure("create with lease", files(FILES, true));
 
-    let lookups: Vec<MdsRequest> = (0..FILES)
-        .map(|n| {
-            let (parent, name) = name(n * 7919 % (2 * FILES));
-            MdsRequest::Lookup { parent: InodeId(parent), name: name.into() }
-        })
-        .collect();
-    let start = Instant::now();
-    for lookup in &lookups {
-        bench.meta.query(lookup).unwrap();
+    for (what, among) in [("lookup, random of 1,000,000", 2 * FILES), ("lookup, random of 10,000", 10_000)] {
+        let lookups: Vec<MdsRequest> = (0..FILES)
+            .map(|n| {
+                let (parent, name) = name(n * 7919 % among);
+                MdsRequest::Lookup { parent: InodeId(parent), name: name.into() }
+            })
+            .collect();
+        let start = Instant::now();
+        for lookup in &lookups {
+            bench.meta.query(lookup).unwrap();
+        }
+        report(what, start, lookups.len());
     }
-    report("lookup (random)", start, lookups.len());
     let start = Instant::now();
     for n in 0..FILES {
         bench.meta.query(&MdsRequest::GetAttr { inode: InodeId(2 + DIRECTORIES + n * 7919 % FILES) }).unwrap();

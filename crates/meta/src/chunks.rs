@@ -111,10 +111,8 @@ impl<K: Kv> Meta<K> {
             };
             &*chunk
         });
-        if let Some(old) = old {
-            if !(planted!("chunk_counts_drift") && new.is_none()) {
-                tally(&mut self.globals.counts, old, false);
-            }
+        if let Some(old) = old.filter(|_| !(planted!("chunk_counts_drift") && new.is_none())) {
+            tally(&mut self.globals.counts, old, false);
         }
         if let Some(new) = new {
             tally(&mut self.globals.counts, new, true);
@@ -385,7 +383,7 @@ impl<K: Kv> Meta<K> {
         let (mut changed, mut truncated) = (false, false);
         for index in indexes {
             let old = self.chunk(volume, index).expect("the index by server names chunks that exist");
-            // The chunks asked for are answered whether they changed or not, so that a second call finds out what is.
+            // Chunks of which the server still has a copy are answered whether they changed or not.
             let mut new = old.clone();
             if old.replica(cs).is_some() && !old.is_last_current(cs) {
                 new.bump();

@@ -50,7 +50,7 @@ impl<K: Kv> Meta<K> {
             return Err(MdsError::Exists(format!("cluster {}", identity.name)));
         }
         self.digest(&cluster.0);
-        self.globals.next_mds = first.mds.0 + 1;
+        self.globals.next_mds = first.mds.0.saturating_add(1);
         self.mds_bootstrap(first);
         let text = format!("cluster {name} ({cluster}) was created");
         self.globals.identity = Some(crate::record::Identity { cluster, name });

@@ -8,7 +8,7 @@
 use crate::kv::Kv;
 use crate::placement::{self, Wish};
 use crate::record::{Chunk, ChunkState, Inode, Order, OrderKindRecord, Policy, Standing};
-use crate::state::{Meta, decode_record};
+use crate::state::{Meta, decode_record, short};
 use crate::{chunks, keys};
 use cairn_stdx::planted;
 use cairn_types::{CsId, InodeId, VolumeId};
@@ -223,7 +223,7 @@ impl<K: Kv> Meta<K> {
             excluded: &excluded,
         };
         let found = placement::choose(&wish, &slots);
-        let any_busy = self.servers.keys().any(|cs| is_busy(cs));
+        let any_busy = self.servers.keys().any(is_busy);
         let retry_ns = if any_busy { RETRY_BUSY_NS } else { RETRY_NO_TARGET_NS };
         targets.extend(found);
         (targets, retry_ns)
@@ -339,7 +339,7 @@ impl<K: Kv> Meta<K> {
         let mut new = old.clone();
         new.bump();
         if let Some(error) = &done.error {
-            let text = format!("{cs} could not copy {}: {error}; another server is tried", old.id);
+            let text = format!("{cs} could not copy {}: {}; another server is tried", old.id, short(error));
             self.event(Severity::Warning, "MDS-5010", text);
             new.take_out(cs, true);
             let priority = self.evaluate(&new).1.unwrap_or(PRIORITY_DEGRADED);

@@ -31,6 +31,11 @@ pub(crate) mod errno {
     pub const ENODATA: i32 = 61;
 }
 
+/// A text from outside, cut to what fits into an event or a record.
+pub(crate) fn short(text: &str) -> String {
+    text.chars().take(255).collect()
+}
+
 pub(crate) fn posix(errno: i32) -> MdsError {
     MdsError::Posix(errno)
 }
