@@ -111,10 +111,8 @@ impl<K: Kv> Meta<K> {
             };
             &*chunk
         });
-        if let Some(old) = old {
-            if !(planted!("chunk_counts_drift") && new.is_none()) {
-                tally(&mut self.globals.counts, old, false);
-            }
+        if let Some(old) = old.filter(|_| !(planted!("chunk_counts_drift") && new.is_none())) {
+            tally(&mut self.globals.counts, old, false);
         }
         if let Some(new) = new {
             tally(&mut self.globals.counts, new, true);
@@ -129,8 +127,10 @@ impl<K: Kv> Meta<K> {
             }
         }
         self.index_copies(volume, index, id, old, new);
-        if old.is_some() {
-            self.reconcile_orders(volume, index, old, new, raise);
+        if let Some(old) = old {
+            // A rebuild needs its sources at the very version, also when the lease holder that should raise them died.
+            let raise = raise || new.is_some_and(|new| new.version > old.version && new.is_replicating());
+            self.reconcile_orders(volume, index, Some(old), new, raise);
         }
         match new {
             Some(new) => self.put_record(&keys::chunk(volume, index), new),
@@ -383,12 +383,13 @@ impl<K: Kv> Meta<K> {
         let (mut changed, mut truncated) = (false, false);
         for index in indexes {
             let old = self.chunk(volume, index).expect("the index by server names chunks that exist");
-            // The chunks asked for are answered whether they changed or not, so that a second call finds out what is.
+            // Chunks of which the server still has a copy are answered whether they changed or not.
             let mut new = old.clone();
             if old.replica(cs).is_some() && !old.is_last_current(cs) {
                 new.bump();
-                if !planted!("failed_replica_stays_in_set") {
-                    new.take_out(cs, false);
+                new.take_out(cs, false);
+                if planted!("replica_forgotten_in_version_change") && new.current() > 1 {
+                    new.replicas.pop();
                 }
                 self.set_chunk(volume, index, Some(&old), Some(&mut new), false);
                 changed = true;

@@ -2,7 +2,7 @@
 
 use crate::command::Answer;
 use crate::kv::Kv;
-use crate::state::Meta;
+use crate::state::{Meta, short};
 use cairn_wire::mds::{MdsError, MdsReply, Severity};
 use std::collections::BTreeMap;
 
@@ -112,7 +112,7 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 fn unknown(key: &str) -> MdsError {
-    let short: String = key.chars().take(64).collect();
+    let short = short(key);
     let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
     let near: Vec<&str> = PARAMETERS
         .iter()

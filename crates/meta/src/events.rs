@@ -10,7 +10,7 @@ impl<K: Kv> Meta<K> {
     /// Adds an event; to be called through [`Meta::event`].
     pub(crate) fn log_event(&mut self, severity: Severity, code: &str, text: String) {
         let number = self.globals.last_event + 1;
-        let event = ClusterEvent { number, wall_ns: self.wall_ns, severity, code: code.to_owned(), text };
+        let event = ClusterEvent { number, wall_ns: self.globals.wall_ns, severity, code: code.to_owned(), text };
         self.globals.last_event = number;
         self.put_record(&keys::one(keys::EVENT, number), &event);
         // Two at a time, so that a lowered limit is reached in the end.

@@ -184,8 +184,10 @@ impl<K: Kv> Meta<K> {
                 self.event(Severity::Info, "MDS-4011", format!("{cs} on {host} is drained and was removed"));
             }
         }
-        // Servers dropped by force keep no orders either.
-        let dropped: Vec<CsId> = self.servers.iter().filter(|(_, server)| server.dropped).map(|(cs, _)| *cs).collect();
+        // Servers dropped by force keep no orders either, once their copies are out of the sets.
+        let swept = |cs: &CsId| self.kv.get(&keys::server(keys::SWEEP, *cs)).is_none();
+        let dropped = self.servers.iter().filter(|(_, server)| server.dropped).map(|(cs, _)| *cs);
+        let dropped: Vec<CsId> = dropped.filter(swept).collect();
         for cs in dropped {
             self.drop_orders(cs);
         }

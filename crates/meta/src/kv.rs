@@ -38,10 +38,77 @@ pub trait Kv: BaseKv {
     fn delete(&mut self, key: &[u8]);
 }
 
+/// Longest key kept inside [`Key`].
+const KEY_INLINE_MAX: usize = 30;
+
+/// A key in memory. Nearly all are short enough to lie inside, so that a search compares them without a cache miss each.
+#[derive(Clone)]
+pub enum Key {
+    /// Length and bytes.
+    Inline(u8, [u8; KEY_INLINE_MAX]),
+    /// A long one.
+    Heap(Box<[u8]>),
+}
+
+const _: () = assert!(size_of::<Key>() == 32);
+
+impl Key {
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        match self {
+            Key::Inline(length, bytes) => &bytes[..usize::from(*length)],
+            Key::Heap(bytes) => bytes,
+        }
+    }
+}
+
+impl From<&[u8]> for Key {
+    fn from(bytes: &[u8]) -> Self {
+        if bytes.len() > KEY_INLINE_MAX {
+            return Key::Heap(bytes.into());
+        }
+        let mut inline = [0; KEY_INLINE_MAX];
+        inline[..bytes.len()].copy_from_slice(bytes);
+        Key::Inline(bytes.len() as u8, inline)
+    }
+}
+
+impl std::borrow::Borrow<[u8]> for Key {
+    fn borrow(&self) -> &[u8] {
+        self.as_slice()
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_slice() == other.as_slice()
+    }
+}
+
+impl Eq for Key {}
+
+impl PartialOrd for Key {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Key {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.as_slice().cmp(other.as_slice())
+    }
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.as_slice().fmt(f)
+    }
+}
+
 /// A store in memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemKv {
-    map: BTreeMap<Vec<u8>, Vec<u8>>,
+    map: BTreeMap<Key, Vec<u8>>,
 }
 
 impl MemKv {
@@ -62,13 +129,13 @@ impl MemKv {
 
     /// Bytes of all keys and values.
     pub fn size_bytes(&self) -> usize {
-        self.map.iter().map(|(key, value)| key.len() + value.len()).sum()
+        self.map.iter().map(|(key, value)| key.as_slice().len() + value.len()).sum()
     }
 }
 
 impl FromIterator<(Vec<u8>, Vec<u8>)> for MemKv {
     fn from_iter<I: IntoIterator<Item = (Vec<u8>, Vec<u8>)>>(pairs: I) -> Self {
-        Self { map: pairs.into_iter().collect() }
+        Self { map: pairs.into_iter().map(|(key, value)| (Key::from(key.as_slice()), value)).collect() }
     }
 }
 
@@ -82,7 +149,8 @@ impl BaseKv for MemKv {
             return Vec::new();
         }
         let range = (Bound::Included(from), Bound::Excluded(to));
-        self.map.range::<[u8], _>(range).take(limit).map(|(key, value)| (key.clone(), value.clone())).collect()
+        let pairs = self.map.range::<[u8], _>(range).take(limit);
+        pairs.map(|(key, value)| (key.as_slice().to_vec(), value.clone())).collect()
     }
 
     fn view<R>(&self, key: &[u8], read: impl FnOnce(Option<&[u8]>) -> R) -> R {
@@ -96,7 +164,7 @@ impl Kv for MemKv {
         match self.map.get_mut(key) {
             Some(slot) => *slot = value,
             None => {
-                self.map.insert(key.to_vec(), value);
+                self.map.insert(Key::from(key), value);
             }
         }
     }
@@ -107,7 +175,7 @@ impl Kv for MemKv {
 }
 
 /// Changes not yet in the base; `None` is a deletion.
-pub type Memtable = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+pub type Memtable = BTreeMap<Key, Option<Vec<u8>>>;
 
 /// A memtable over a base. Reads consult the active memtable, then the frozen one, then the base.
 #[derive(Debug)]
@@ -182,7 +250,7 @@ impl<B: BaseKv> Overlay<B> {
         match self.active.get_mut(key) {
             Some(slot) => *slot = value,
             None => {
-                self.active.insert(key.to_vec(), value);
+                self.active.insert(Key::from(key), value);
             }
         }
     }
@@ -247,8 +315,8 @@ impl<B: BaseKv> BaseKv for Overlay<B> {
             ];
             let Some(key) = keys.into_iter().flatten().min().map(<[u8]>::to_vec) else { break };
             let from_base = pager.page.pop_front_if(|(front, _)| *front == key).map(|(_, value)| Some(value));
-            let from_frozen = frozen.next_if(|(front, _)| **front == key).map(|(_, value)| value.clone());
-            let from_active = active.next_if(|(front, _)| **front == key).map(|(_, value)| value.clone());
+            let from_frozen = frozen.next_if(|(front, _)| front.as_slice() == key).map(|(_, value)| value.clone());
+            let from_active = active.next_if(|(front, _)| front.as_slice() == key).map(|(_, value)| value.clone());
             if let Some(Some(value)) = from_active.or(from_frozen).or(from_base) {
                 result.push((key, value));
             }
@@ -297,8 +365,8 @@ mod tests {
                         if let Some(frozen) = pending.take() {
                             for (key, value) in frozen.iter() {
                                 match value {
-                                    Some(value) => overlay.base_mut().put(key, value.clone()),
-                                    None => overlay.base_mut().delete(key),
+                                    Some(value) => overlay.base_mut().put(key.as_slice(), value.clone()),
+                                    None => overlay.base_mut().delete(key.as_slice()),
                                 }
                             }
                             overlay.flushed();

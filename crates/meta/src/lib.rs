@@ -16,6 +16,7 @@
 //!
 //! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart.
 
+mod check;
 mod chunks;
 mod command;
 pub mod config;
@@ -41,7 +42,7 @@ mod volumes;
 pub use chunks::ALLOCATE_MAX;
 pub use command::{Answer, Applied, COMMAND_VERSION, Command, CommandError, MetaEffect, Recipient};
 pub use inodes::SIZE_MAX;
-pub use kv::{BaseKv, Kv, MemKv, Memtable, Overlay, Pairs};
+pub use kv::{BaseKv, Key, Kv, MemKv, Memtable, Overlay, Pairs};
 pub use servers::{ORDERS_MAX, REPORT_MAX};
 pub use sessions::{SESSION_TERM_MS, SESSION_WINDOW};
 pub use state::Meta;

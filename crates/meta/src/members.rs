@@ -3,7 +3,7 @@
 use crate::command::{Answer, MetaEffect};
 use crate::kv::Kv;
 use crate::record::Member;
-use crate::state::Meta;
+use crate::state::{Meta, short};
 use cairn_types::MdsId;
 use cairn_wire::mds::{MdsError, MdsInfo, MdsReply, Severity};
 use std::net::SocketAddr;
@@ -20,6 +20,7 @@ impl<K: Kv> Meta<K> {
     }
 
     pub(crate) fn mds_add(&mut self, addr: SocketAddr, repository: String, nonce: u64) -> Answer {
+        let repository = short(&repository);
         let known = self.globals.members.values().find(|member| member.nonce == nonce && member.nonce != 0);
         let info = match known {
             Some(member) if member.leaving => {

@@ -50,12 +50,12 @@ impl<K: Kv> Meta<K> {
             return Err(MdsError::Exists(format!("cluster {}", identity.name)));
         }
         self.digest(&cluster.0);
-        self.globals.next_mds = first.mds.0 + 1;
+        self.globals.next_mds = first.mds.0.saturating_add(1);
         self.mds_bootstrap(first);
         let text = format!("cluster {name} ({cluster}) was created");
         self.globals.identity = Some(crate::record::Identity { cluster, name });
-        self.globals.tick_wall_ns = self.wall_ns;
-        let mut root = Inode::new(InodeKind::Directory, 0o755, 0, 0, Policy::default(), self.wall_ns);
+        self.globals.tick_wall_ns = self.globals.wall_ns;
+        let mut root = Inode::new(InodeKind::Directory, 0o755, 0, 0, Policy::default(), self.globals.wall_ns);
         root.parent = InodeId::ROOT;
         self.put_inode(InodeId::ROOT, &root);
         self.globals.inodes = 1;
@@ -122,12 +122,18 @@ impl<K: Kv> Meta<K> {
 
     /// One step of a walk; `.` and `..` are understood.
     fn step(&self, parent: InodeId, name: &[u8]) -> Result<InodeId, MdsError> {
+        if name.len() > NAME_MAX {
+            return Err(posix(errno::ENAMETOOLONG));
+        }
+        // An entry shows that the directory exists; only without one it is to be found out why.
+        if let Some(entry) = self.entry(parent, name) {
+            return Ok(entry.inode);
+        }
         let directory = self.directory(parent)?;
         match name {
             b"." => Ok(parent),
             b".." => Ok(directory.parent),
-            _ if name.len() > NAME_MAX => Err(posix(errno::ENAMETOOLONG)),
-            _ => Ok(self.entry_or_enoent(parent, name)?.inode),
+            _ => Err(posix(errno::ENOENT)),
         }
     }
 

@@ -471,6 +471,8 @@ pub struct Globals {
     pub identity: Option<Identity>,
     /// Time that never jumps, fed by ticks.
     pub clock_ns: u64,
+    /// The leader's clock in the last command that carried it: the time of events.
+    pub wall_ns: u64,
     /// The leader's clock at the last tick.
     pub tick_wall_ns: u64,
     /// Next inode or volume id.
@@ -518,6 +520,7 @@ impl Globals {
             digest: 0,
             identity: None,
             clock_ns: 0,
+            wall_ns: 0,
             tick_wall_ns: 0,
             next_inode: InodeId::ROOT.0 + 1,
             next_chunk: 1,

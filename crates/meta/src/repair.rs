@@ -8,8 +8,9 @@
 use crate::kv::Kv;
 use crate::placement::{self, Wish};
 use crate::record::{Chunk, ChunkState, Inode, Order, OrderKindRecord, Policy, Standing};
-use crate::state::{Meta, decode_record};
+use crate::state::{Meta, decode_record, short};
 use crate::{chunks, keys};
+use cairn_stdx::planted;
 use cairn_types::{CsId, InodeId, VolumeId};
 use cairn_wire::mds::{CsOrder, OrderDone, Replica, ReplicaRole, Severity};
 
@@ -76,6 +77,9 @@ impl<K: Kv> Meta<K> {
     }
 
     /// The state of a chunk, and the priority with which it needs work, if it does.
+    ///
+    /// A chunk below its minimum only because servers have just become silent is blocked, but nothing is copied for it: as
+    /// long as nobody writes, they are expected back; who writes takes them out of the set, and then it is.
     pub(crate) fn evaluate(&self, chunk: &Chunk) -> (ChunkState, Option<u8>) {
         let census = self.census(chunk);
         let (normal, minimum) = (usize::from(chunk.replicas_normal), usize::from(chunk.minimum));
@@ -93,7 +97,7 @@ impl<K: Kv> Meta<K> {
         } else {
             ChunkState::Healthy
         };
-        let missing = self.needed(chunk, &census) > census.staying + census.rebuilding;
+        let missing = normal > census.staying + census.rebuilding;
         let surplus = census.staying >= normal && (census.departing > 0 || census.staying > normal);
         let work = if census.online == 0 {
             // Nothing to copy from; the sweep after a server's return looks again.
@@ -113,14 +117,6 @@ impl<K: Kv> Meta<K> {
             None
         };
         (state, work)
-    }
-
-    /// Copies that are to stay or be made. A blocked chunk does not wait for silent servers to return.
-    fn needed(&self, chunk: &Chunk, census: &Census) -> usize {
-        let normal = usize::from(chunk.replicas_normal);
-        let minimum = usize::from(chunk.minimum);
-        let blocked = census.online < minimum && census.online + census.rebuilding < minimum;
-        if blocked { normal + (minimum - census.online - census.rebuilding).min(census.silent) } else { normal }
     }
 
     /// Looks at a chunk of the queue and does the next thing for it.
@@ -156,7 +152,7 @@ impl<K: Kv> Meta<K> {
             .filter(|cs| !matches!(self.standing(*cs), Standing::Good | Standing::Silent))
             .collect();
         let census = self.census(chunk);
-        let missing = self.needed(chunk, &census).saturating_sub(census.staying + census.rebuilding);
+        let missing = usize::from(chunk.replicas_normal).saturating_sub(census.staying + census.rebuilding);
         let (targets, retry_ns) =
             if missing > 0 { self.targets(chunk, policy, missing) } else { (Vec::new(), RETRY_BUSY_NS) };
         if !lost.is_empty() || !targets.is_empty() {
@@ -165,8 +161,14 @@ impl<K: Kv> Meta<K> {
                 chunk.take_out(cs, true);
             }
             for cs in targets {
+                let returning = chunk.stale.iter().any(|stale| stale.cs == cs);
                 chunk.stale.retain(|stale| stale.cs != cs);
-                chunk.replicas.push(Replica { cs, role: ReplicaRole::Rebuilding, since: chunk.version });
+                let role = if planted!("stale_copy_rejoins_as_current") && returning {
+                    ReplicaRole::Current
+                } else {
+                    ReplicaRole::Rebuilding
+                };
+                chunk.replicas.push(Replica { cs, role, since: chunk.version });
             }
         }
         self.drop_surplus(chunk, policy);
@@ -179,12 +181,7 @@ impl<K: Kv> Meta<K> {
         let busy_at = self.config("mds.wd.rebuilds_per_cs") as u32;
         let strict = self.config("mds.alloc.strict_failure_domain") != 0;
         let strict_tier = self.config("mds.alloc.strict_tier") != 0;
-        let is_member = |replica: &&Replica| match self.standing(replica.cs) {
-            Standing::Good => true,
-            // A blocked chunk does not wait for the silent ones, yet their domains stay theirs.
-            Standing::Silent => true,
-            _ => false,
-        };
+        let is_member = |replica: &&Replica| matches!(self.standing(replica.cs), Standing::Good | Standing::Silent);
         let mut members: Vec<CsId> = chunk.replicas.iter().filter(is_member).map(|replica| replica.cs).collect();
         let mut targets = Vec::new();
         let mut busy = false;
@@ -204,10 +201,7 @@ impl<K: Kv> Meta<K> {
             members.push(stale.cs);
             targets.push(stale.cs);
         }
-        if targets.len() == missing {
-            return (targets, RETRY_BUSY_NS);
-        }
-        if busy {
+        if targets.len() == missing || busy {
             return (targets, RETRY_BUSY_NS);
         }
         let may_return = chunk.stale.iter().any(|stale| !stale.deleting && self.standing(stale.cs) == Standing::Silent);
@@ -229,7 +223,7 @@ impl<K: Kv> Meta<K> {
             excluded: &excluded,
         };
         let found = placement::choose(&wish, &slots);
-        let any_busy = self.servers.keys().any(|cs| is_busy(cs));
+        let any_busy = self.servers.keys().any(is_busy);
         let retry_ns = if any_busy { RETRY_BUSY_NS } else { RETRY_NO_TARGET_NS };
         targets.extend(found);
         (targets, retry_ns)
@@ -345,7 +339,7 @@ impl<K: Kv> Meta<K> {
         let mut new = old.clone();
         new.bump();
         if let Some(error) = &done.error {
-            let text = format!("{cs} could not copy {}: {error}; another server is tried", old.id);
+            let text = format!("{cs} could not copy {}: {}; another server is tried", old.id, short(error));
             self.event(Severity::Warning, "MDS-5010", text);
             new.take_out(cs, true);
             let priority = self.evaluate(&new).1.unwrap_or(PRIORITY_DEGRADED);

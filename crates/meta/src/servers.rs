@@ -5,7 +5,7 @@ use crate::keys;
 use crate::kv::Kv;
 use crate::placement::{self, Slot, TIER_MAX};
 use crate::record::{Chunk, OrderKindRecord, Presence, Server};
-use crate::state::Meta;
+use crate::state::{Meta, short};
 use cairn_types::{ChunkId, CsId, format_size};
 use cairn_wire::mds::{ChunkReport, CsState, CsStats, Location, MdsError, MdsReply, OrderDone, OrderKind, Severity};
 use std::collections::BTreeMap;
@@ -15,6 +15,9 @@ use std::net::SocketAddr;
 pub const ORDERS_MAX: usize = 256;
 /// Most copies in one piece of a report.
 pub const REPORT_MAX: usize = 65536;
+
+/// Longest host name, place or directory of a chunk server, in bytes.
+const TEXT_MAX: usize = 4096;
 
 /// The fields of a registration.
 pub(crate) struct Registration {
@@ -47,6 +50,11 @@ impl<K: Kv> Meta<K> {
     pub(crate) fn cs_register(&mut self, cs: Option<CsId>, new: Registration) -> Answer {
         if new.tier > TIER_MAX {
             return Err(MdsError::Invalid(format!("tier {} is not 0 to {TIER_MAX}", new.tier)));
+        }
+        let place = &new.location;
+        let texts = [&place.host_name, &place.rack, &place.row, &place.room, &place.site, &new.repository];
+        if texts.iter().any(|text| text.len() > TEXT_MAX) {
+            return Err(MdsError::Invalid(format!("names and directories have at most {TEXT_MAX} bytes")));
         }
         let by_store = self.servers.iter().find(|(_, server)| server.store == new.store).map(|(cs, _)| *cs);
         let cs = match (cs, by_store) {
@@ -143,18 +151,16 @@ impl<K: Kv> Meta<K> {
         server.boot = beat.boot;
         server.stats = beat.stats;
         server.presence = Presence::Active;
-        if beat.failed.is_some() {
-            server.failed = beat.failed;
+        if let Some(reason) = &beat.failed {
+            server.failed = Some(short(reason));
         }
         let failed = server.failed.clone();
         let is = server.state();
         self.slots = None;
         self.changed();
         self.digest(&cairn_wire::encode(&(cs, beat.stats)));
-        if failed_before.is_none() {
-            if let Some(reason) = failed {
-                self.event(Severity::Error, "MDS-4003", format!("{cs}: its disk failed: {reason}"));
-            }
+        if let Some(reason) = failed.filter(|_| failed_before.is_none()) {
+            self.event(Severity::Error, "MDS-4003", format!("{cs}: its disk failed: {reason}"));
         }
         if is != was {
             self.topology_changed();

@@ -7,7 +7,7 @@ use crate::command::{Answer, MetaEffect};
 use crate::keys;
 use crate::kv::Kv;
 use crate::record::{Session, SessionState};
-use crate::state::Meta;
+use crate::state::{Meta, short};
 use cairn_stdx::planted;
 use cairn_types::{ClientId, HostId, InodeId, VolumeId};
 use cairn_wire::mds::{Call, MdsError, MdsReply, MdsRequest, SessionKind, Severity};
@@ -17,8 +17,6 @@ use std::collections::BTreeMap;
 pub const SESSION_TERM_MS: u32 = 10_000;
 /// How many calls of a session may be unacknowledged.
 pub const SESSION_WINDOW: u64 = 256;
-/// Longest host name and purpose kept.
-const TEXT_MAX: usize = 255;
 /// Leases and handles of an ended session cleared in one step.
 pub(crate) const SESSION_CLEAR_STEP: usize = 512;
 
@@ -41,12 +39,11 @@ impl<K: Kv> Meta<K> {
             None => {
                 let client = ClientId(self.globals.next_client);
                 self.globals.next_client += 1;
-                let cut = |text: String| text.chars().take(TEXT_MAX).collect();
                 let session = Session {
                     kind,
                     host,
-                    host_name: cut(host_name),
-                    purpose: cut(purpose),
+                    host_name: short(&host_name),
+                    purpose: short(&purpose),
                     nonce,
                     state: SessionState::Live,
                     acknowledged: 0,

@@ -31,6 +31,11 @@ pub(crate) mod errno {
     pub const ENODATA: i32 = 61;
 }
 
+/// A text from outside, cut to what fits into an event or a record.
+pub(crate) fn short(text: &str) -> String {
+    text.chars().take(255).collect()
+}
+
 pub(crate) fn posix(errno: i32) -> MdsError {
     MdsError::Posix(errno)
 }
@@ -44,8 +49,6 @@ pub struct Meta<K> {
     pub(crate) servers: BTreeMap<CsId, Server>,
     /// What placement sees of the servers; rebuilt from `servers` when one of them changed.
     pub(crate) slots: Option<Vec<Slot>>,
-    /// The leader's clock in the command being applied.
-    pub(crate) wall_ns: u64,
     effects: Vec<MetaEffect>,
     map_pushes: BTreeSet<(ClientId, VolumeId)>,
     order_pushes: BTreeSet<CsId>,
@@ -71,7 +74,6 @@ impl<K: Kv> Meta<K> {
             sessions: BTreeMap::new(),
             servers: BTreeMap::new(),
             slots: None,
-            wall_ns: 0,
             effects: Vec::new(),
             map_pushes: BTreeSet::new(),
             order_pushes: BTreeSet::new(),
@@ -123,7 +125,7 @@ impl<K: Kv> Meta<K> {
 
     fn dispatch(&mut self, command: Command) -> Answer {
         if let Command::Bootstrap { cluster, name, first, wall_ns } = command {
-            self.wall_ns = wall_ns;
+            self.globals.wall_ns = wall_ns;
             return self.bootstrap(cluster, name, first);
         }
         if self.globals.identity.is_none() {
@@ -132,32 +134,32 @@ impl<K: Kv> Meta<K> {
         match command {
             Command::Bootstrap { .. } => unreachable!("handled above"),
             Command::Call { call, wall_ns } => {
-                self.wall_ns = wall_ns;
+                self.globals.wall_ns = wall_ns;
                 return self.call(call);
             }
             Command::SessionExpired { client } => self.session_end(client),
             Command::LeasesFree { client } => self.session_free(client),
             Command::CsSilent { cs, state, wall_ns } => {
-                self.wall_ns = wall_ns;
+                self.globals.wall_ns = wall_ns;
                 if !matches!(state, CsState::Inactive | CsState::Offline) {
                     return Err(MdsError::Invalid("a silent server is inactive or offline".into()));
                 }
                 self.cs_silent(cs, state == CsState::Offline);
             }
             Command::CsBack { cs, wall_ns } => {
-                self.wall_ns = wall_ns;
+                self.globals.wall_ns = wall_ns;
                 self.cs_back(cs);
             }
             Command::MdsVoter { mds, voter, wall_ns } => {
-                self.wall_ns = wall_ns;
+                self.globals.wall_ns = wall_ns;
                 self.mds_voter(mds, voter);
             }
             Command::MdsLeft { mds, wall_ns } => {
-                self.wall_ns = wall_ns;
+                self.globals.wall_ns = wall_ns;
                 self.mds_left(mds);
             }
             Command::Tick { wall_ns } => {
-                self.wall_ns = wall_ns;
+                self.globals.wall_ns = wall_ns;
                 self.tick(wall_ns);
             }
         }

@@ -7,7 +7,7 @@ use crate::command::Answer;
 use crate::keys;
 use crate::kv::Kv;
 use crate::record::{Inode, Policy};
-use crate::state::{Meta, decode_record};
+use crate::state::{Meta, decode_record, short};
 use cairn_types::{BLOCK_SIZE_U64, ClientId, InodeId, Redundancy, VolumeId, parse_size};
 use cairn_wire::mds::{InodeKind, LIST_MAX, MdsError, MdsReply, VolumeInfo, VolumeOptions};
 
@@ -68,9 +68,9 @@ impl Policy {
                 ));
             }
             _ => {
-                let short: String = key.chars().take(64).collect();
                 return Err(MdsError::Invalid(format!(
-                    "there is no attribute `{short}`; choose one of replicas, failure-domain, tier, chunk-size"
+                    "there is no attribute `{}`; choose one of replicas, failure-domain, tier, chunk-size",
+                    short(key)
                 )));
             }
         }
@@ -97,7 +97,7 @@ impl<K: Kv> Meta<K> {
         let mut record = self.inode(inode)?;
         let before = record.policy;
         // Paths on the command line come with a slash: `-p /failure-domain=disk`.
-        record.policy.set(key.strip_prefix('/').unwrap_or(key), value)?;
+        record.policy.set(key.strip_prefix('/').unwrap_or(key), &short(value))?;
         if record.policy == before {
             return Ok(MdsReply::Done);
         }

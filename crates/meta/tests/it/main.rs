@@ -1,0 +1,9 @@
+//! The state machine from outside: commands in, answers and effects out.
+
+mod bugs;
+mod leases;
+mod misc;
+mod namespace;
+mod rename;
+mod repair;
+mod support;
