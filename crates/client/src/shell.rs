@@ -130,7 +130,7 @@ impl LocalClient {
             self.0.reactor.with(|core, now, out| core.close(now, handle, Box::new(|| ()), out));
         }
         // Looking costs no turn when nothing has ended.
-        let completions = self.0.reactor.peek(ClientCore::take_completions);
+        let completions = self.0.reactor.peek_mut(ClientCore::take_completions);
         for completion in completions {
             match completion {
                 Completion::Notice(notice) => self.notice(notice),
