@@ -479,7 +479,9 @@ impl ClientCore {
     fn on_answer(&mut self, now: Now, waiter: Waiter, result: Result<MdsReply, MdsError>, out: &mut Effects) {
         match waiter {
             Waiter::User(done) => self.done.push(Completion::Call(done, result)),
-            Waiter::Volume(key, call) => self.with_volume(now, out, key, |volume, ctx| volume.on_mds(ctx, call, result)),
+            Waiter::Volume(key, call) => {
+                self.with_volume(now, out, key, |volume, ctx| volume.on_mds(ctx, call, result))
+            }
             Waiter::Topology => {
                 self.topology_asked = false;
                 if let Ok(MdsReply::Topology { mds, cs, .. }) = result {

@@ -83,12 +83,8 @@ impl LocalClient {
             cluster: config.cluster,
             node: NodeId::Client(ClientId(0)),
         };
-        let reactor = ReactorConfig {
-            identity,
-            listen: Vec::new(),
-            disks: Vec::new(),
-            options: ReactorOptions::default(),
-        };
+        let reactor =
+            ReactorConfig { identity, listen: Vec::new(), disks: Vec::new(), options: ReactorOptions::default() };
         let (done, connected) = oneshot::channel();
         let connecting = Connecting {
             kind: config.kind,

@@ -136,7 +136,8 @@ impl Volume {
         }
         order.retain(|index| {
             let chunk = &self.chunks[index];
-            let keep = chunk.active > 0 || chunk.unsettled > 0 || !chunk.waiting.is_empty() || chunk.known || chunk.calls > 0;
+            let keep =
+                chunk.active > 0 || chunk.unsettled > 0 || !chunk.waiting.is_empty() || chunk.known || chunk.calls > 0;
             if !keep && (first..end).contains(index) && !chunk.fetching && !chunk.allocating {
                 self.chunks.remove(index);
                 return false;
@@ -151,6 +152,8 @@ impl Volume {
         let mut reps = Vec::with_capacity(entry.replicas.len());
         for replica in entry.replicas.iter().take(super::tracker::SET_MAX) {
             let slot = self.slot_of(ctx, replica.cs);
+            // Whatever it failed at before: it is in a set again.
+            self.server_mut(slot).excused = false;
             reps.push(Rep { slot, current: replica.role == ReplicaRole::Current, since: replica.since });
         }
         let news = Entry {
@@ -264,7 +267,15 @@ impl Volume {
         }
         for rep in slots {
             let request = if create {
-                CsRequest::Create { chunk: entry.chunk, volume, layer: entry.layer, index, block_count: blocks, version, epoch }
+                CsRequest::Create {
+                    chunk: entry.chunk,
+                    volume,
+                    layer: entry.layer,
+                    index,
+                    block_count: blocks,
+                    version,
+                    epoch,
+                }
             } else {
                 CsRequest::Raise { chunk: entry.chunk, volume, epoch, since: rep.since, version }
             };

@@ -166,10 +166,9 @@ impl Tracker {
         self.marks.get(slot as usize).is_some_and(|mark| mark.frozen)
     }
 
-    /// The server in `slot` restarted with nothing unsettled: all is well there.
-    pub(crate) fn set_clean(&mut self, slot: u16) {
-        let mark = self.mark(slot);
-        mark.durable = mark.sent;
+    /// The server in `slot` restarted with nothing to lose: what it reports from now on counts as before.
+    pub(crate) fn restarted(&mut self, slot: u16) {
+        self.mark(slot).durable = 0;
     }
 
     /// Writes to chunk `index` need no server outside `keep`: the chunk was raised without it.
@@ -192,13 +191,9 @@ impl Tracker {
         self.entries.iter().take(count).any(|entry| entry.servers.contains(slot))
     }
 
-    /// Chunks with an unsettled write on the server in `slot`, ascending, each once.
-    pub(crate) fn chunks_on(&self, slot: u16) -> Vec<u64> {
-        let mut chunks: Vec<u64> =
-            self.entries.iter().filter(|entry| entry.servers.contains(slot)).map(|entry| entry.index).collect();
-        chunks.sort_unstable();
-        chunks.dedup();
-        chunks
+    /// True when an acknowledged and unsettled write is on the server in `slot`: a restart may have lost it there.
+    pub(crate) fn may_have_lost(&self, slot: u16) -> bool {
+        self.entries.iter().any(|entry| entry.acknowledged && entry.servers.contains(slot))
     }
 
     /// True when the server in `slot` has everything ever sent to it durable.

@@ -53,7 +53,11 @@ fn overlapping_operations_take_effect_in_order_of_submission() {
     let mut tokens = Vec::new();
     for i in 0..40u8 {
         let data = Buf::copy_from(&vec![i + 1; 6000]);
-        tokens.push(world.submit(client, handle, BlockOp::Write { offset: 1000 + u64::from(i) * 100, data, fua: false }));
+        tokens.push(world.submit(
+            client,
+            handle,
+            BlockOp::Write { offset: 1000 + u64::from(i) * 100, data, fua: false },
+        ));
     }
     let read = world.submit(client, handle, BlockOp::Read { offset: 0, len: 16_384 });
     let after = BlockOp::Write { offset: 0, data: Buf::copy_from(&[99; 16_384]), fua: false };
@@ -84,11 +88,14 @@ fn compare_and_write_compares_and_extents_tell_holes() {
     assert_eq!(world.read(client, handle, 8292, 100).unwrap(), [7; 100]);
     let reply = world.run(client, handle, BlockOp::Extents { offset: 4096, len: 3 << 20 }).unwrap();
     let BlockReply::Extents(extents) = reply else { panic!("{reply:?}") };
-    assert_eq!(extents, [
-        Extent { offset: 4096, len: 4096, data: false },
-        Extent { offset: 8192, len: 4096, data: true },
-        Extent { offset: 12_288, len: (3 << 20) - 8192, data: false },
-    ]);
+    assert_eq!(
+        extents,
+        [
+            Extent { offset: 4096, len: 4096, data: false },
+            Extent { offset: 8192, len: 4096, data: true },
+            Extent { offset: 12_288, len: (3 << 20) - 8192, data: false },
+        ]
+    );
 }
 
 #[test]

@@ -92,7 +92,8 @@ fn below_the_minimum_writes_wait_and_reads_go_on() {
     fill(&mut world, client, handle, 1);
     world.kill(1);
     world.kill(2);
-    let write = world.submit(client, handle, BlockOp::Write { offset: 0, data: Buf::copy_from(&[9; 4096]), fua: false });
+    let write =
+        world.submit(client, handle, BlockOp::Write { offset: 0, data: Buf::copy_from(&[9; 4096]), fua: false });
     world.run_for(8 * SECOND);
     assert!(!world.is_done(write));
     assert_eq!(world.read(client, handle, 4096 * 9, 4096).unwrap(), [2; 4096]);
@@ -176,7 +177,8 @@ fn a_paused_holder_is_fenced_and_neither_reads_nor_writes() {
     fill(&mut world, other, theirs, 70);
     world.pause(client, false);
     let read = world.submit(client, handle, BlockOp::Read { offset: 0, len: 4096 });
-    let write = world.submit(client, handle, BlockOp::Write { offset: 0, data: Buf::copy_from(&[7; 4096]), fua: false });
+    let write =
+        world.submit(client, handle, BlockOp::Write { offset: 0, data: Buf::copy_from(&[7; 4096]), fua: false });
     assert_eq!(world.finish(read, 20 * SECOND).unwrap_err(), BlockError::Fenced);
     assert_eq!(world.finish(write, 20 * SECOND).unwrap_err(), BlockError::Fenced);
     assert!(world.client(client, |core| core.is_fenced(handle)));
@@ -292,18 +294,24 @@ fn random_faults_lose_nothing() {
             match dice {
                 0 if down.is_none() => {
                     let server = 1 + rng.below(4) as usize;
-                    if rng.chance(1, 2) { world.kill(server) } else { world.power_cut(server) }
+                    if rng.chance(1, 2) {
+                        world.kill(server)
+                    } else {
+                        world.power_cut(server)
+                    }
                     down = Some(server);
                     if rng.chance(1, 2) {
                         world.start_cs(server);
                         down = None;
                     }
                 }
-                1 => if let Some(server) = down.take() {
-                    world.start_cs(server);
-                    // Another may fail only when this one is whole again.
-                    world.run_for(25 * SECOND);
-                },
+                1 => {
+                    if let Some(server) = down.take() {
+                        world.start_cs(server);
+                        // Another may fail only when this one is whole again.
+                        world.run_for(25 * SECOND);
+                    }
+                }
                 2 => world.reset(client, 1 + rng.below(4) as usize),
                 3 => world.flush(client, handle),
                 4 => world.run_for(rng.clone().below(2 * SECOND)),
@@ -311,7 +319,12 @@ fn random_faults_lose_nothing() {
                     let block = rng.below(24);
                     let data = world.read(client, handle, block * 65_536, 4096).unwrap();
                     let value = shadow[block as usize];
-                    assert!(data.iter().all(|b| *b == value), "seed {seed} step {step}: {} not {value}\n{}", data[0], world.log.join("\n"));
+                    assert!(
+                        data.iter().all(|b| *b == value),
+                        "seed {seed} step {step}: {} not {value}\n{}",
+                        data[0],
+                        world.log.join("\n")
+                    );
                 }
                 _ => {
                     let block = rng.below(24);

@@ -194,6 +194,8 @@ pub struct World {
     pub outcomes: Rc<RefCell<Outcomes>>,
     pub notices: Vec<(usize, Notice)>,
     pub log: Vec<String>,
+    /// Log every request and answer of the data path.
+    pub trace: bool,
     tokens: u64,
     pub on_no_space: OnNoSpace,
 }
@@ -218,6 +220,7 @@ impl World {
             outcomes: Rc::default(),
             notices: Vec::new(),
             log: Vec::new(),
+            trace: std::env::var_os("SEED").is_some(),
             tokens: 0,
             on_no_space: OnNoSpace::Wait,
         };
@@ -431,7 +434,10 @@ impl World {
             NetEffect::Send { link, kind, id, prefix, payload } => {
                 let Some((conn, side)) = self.links.get(&(place, link)).copied() else { return };
                 let bytes: Vec<u8> = payload.iter().flat_map(|piece| piece.to_vec()).collect();
-                let to = self.conns[&conn].ends[1 - side].1;
+                let (there, to) = self.conns[&conn].ends[1 - side];
+                if self.trace {
+                    self.trace_frame(place, there, kind, id, &prefix, bytes.first().copied());
+                }
                 let frame = Frame { kind, id, prefix, payload: Buf::copy_from(&bytes) };
                 self.send(conn, 1 - side, NetEvent::Frame { link: to, frame });
             }
@@ -443,6 +449,29 @@ impl World {
                 }
             }
         }
+    }
+
+    fn trace_frame(&mut self, from: usize, to: usize, kind: FrameKind, id: u64, prefix: &[u8], first: Option<u8>) {
+        let text = match kind {
+            FrameKind::Data => match cairn_wire::data::DataRequest::decode(prefix, first.map_or(0, |_| 4096)) {
+                Ok(r) => format!(
+                    "{:?} {} {} {} s{} S{} {}+{} flags {} {first:?}",
+                    r.op, r.chunk, r.version, r.epoch, r.sequence.0, r.settled.0, r.first_block, r.block_count, r.flags
+                ),
+                Err(_) => "data of many blocks".into(),
+            },
+            FrameKind::DataReply => match cairn_wire::data::DataReply::decode(prefix, first.map_or(0, |_| 4096)) {
+                Ok(r) => format!("{:?} D{} detail {} {first:?}", r.status, r.durable.0, r.detail),
+                Err(_) => "data of many blocks".into(),
+            },
+            FrameKind::CsCall => format!("{:?}", cairn_wire::decode::<cairn_wire::cs::CsRequest>("", prefix)),
+            FrameKind::CsReply => {
+                type Reply = Result<cairn_wire::cs::CsReply, cairn_wire::cs::CsError>;
+                format!("{:?}", cairn_wire::decode::<Reply>("", prefix))
+            }
+            _ => return,
+        };
+        self.log.push(format!("{:.6} {from}->{to} #{id} {text}", self.now as f64 / 1e9));
     }
 
     fn send(&mut self, conn: u64, side: usize, event: NetEvent) {
@@ -496,7 +525,11 @@ impl World {
     /// Cuts or heals the path between two places, both ways. Frames wait while it is cut.
     pub fn partition(&mut self, a: usize, b: usize, cut: bool) {
         for pair in [(a, b), (b, a)] {
-            if cut { self.cut.insert(pair) } else { self.cut.remove(&pair) };
+            if cut {
+                self.cut.insert(pair)
+            } else {
+                self.cut.remove(&pair)
+            };
         }
         if !cut {
             let waiting: Vec<(u64, usize, usize)> = self
