@@ -77,7 +77,9 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Clus
 
 /// The directory of all cluster files.
 pub fn config_dir() -> PathBuf {
-    std::env::var_os("CAIRN_CONFIG_DIR").filter(|dir| !dir.is_empty()).map_or_else(|| "/etc/cairn".into(), PathBuf::from)
+    std::env::var_os("CAIRN_CONFIG_DIR")
+        .filter(|dir| !dir.is_empty())
+        .map_or_else(|| "/etc/cairn".into(), PathBuf::from)
 }
 
 /// The files of one cluster.
@@ -174,8 +176,7 @@ impl ClusterFiles {
 pub fn parse_servers(path: &Path, text: &str) -> Result<Vec<SocketAddr>, ClusterFileError> {
     let mut servers = Vec::new();
     for (number, line) in text.lines().enumerate() {
-        let line_error =
-            |reason: String| ClusterFileError::Line { path: path.to_owned(), line: number + 1, reason };
+        let line_error = |reason: String| ClusterFileError::Line { path: path.to_owned(), line: number + 1, reason };
         let entry = line.split('#').next().unwrap_or_default().trim();
         if entry.is_empty() {
             continue;
@@ -273,7 +274,10 @@ mod tests {
         let path = Path::new("bs.list");
         let parse = |text: &str| parse_servers(path, text);
         let good = parse("# comment\n127.0.0.1:2510\n\n[::1]:7 # second\n127.0.0.3\n").unwrap();
-        assert_eq!(good.iter().map(ToString::to_string).collect::<Vec<_>>(), ["127.0.0.1:2510", "[::1]:7", "127.0.0.3:2510"]);
+        assert_eq!(
+            good.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["127.0.0.1:2510", "[::1]:7", "127.0.0.3:2510"]
+        );
         assert!(matches!(parse("\n#\n"), Err(ClusterFileError::Empty { .. })));
         let error = parse("127.0.0.1:1\n127.0.0.1:port\n").unwrap_err().to_string();
         assert_eq!(error, "bs.list line 2: `port` is not a port");

@@ -466,8 +466,12 @@ impl ClientCore {
                 }
             }
             Push::TopologyChanged => self.servers.wants_topology = true,
-            // Servers tell a changed version themselves, with the first request that needs it.
-            Push::MapChanged { .. } | Push::OrdersWaiting => {}
+            Push::MapChanged { volume } => {
+                if let Some(&key) = self.by_id.get(volume) {
+                    self.with_volume(now, out, key, |volume, ctx| volume.on_map_changed(ctx));
+                }
+            }
+            Push::OrdersWaiting => {}
         }
         self.done.push(Completion::Notice(Notice::Push(push)));
     }
@@ -475,7 +479,9 @@ impl ClientCore {
     fn on_answer(&mut self, now: Now, waiter: Waiter, result: Result<MdsReply, MdsError>, out: &mut Effects) {
         match waiter {
             Waiter::User(done) => self.done.push(Completion::Call(done, result)),
-            Waiter::Volume(key, call) => self.with_volume(now, out, key, |volume, ctx| volume.on_mds(ctx, call, result)),
+            Waiter::Volume(key, call) => {
+                self.with_volume(now, out, key, |volume, ctx| volume.on_mds(ctx, call, result))
+            }
             Waiter::Topology => {
                 self.topology_asked = false;
                 if let Ok(MdsReply::Topology { mds, cs, .. }) = result {

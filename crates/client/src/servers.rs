@@ -42,20 +42,46 @@ pub(crate) struct Packet {
 pub(crate) enum CallFor {
     Fence,
     /// Create or raise of a chunk, with the round of preparation it belongs to.
-    Prepare { index: u64, round: u32 },
+    Prepare {
+        index: u64,
+        round: u32,
+    },
     Tail,
     Settle,
-    Extents { part: u64 },
+    Extents {
+        part: u64,
+    },
 }
 
 /// Who waits for an answer; `volume` is the key of the volume.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Owner {
-    Write { volume: u64, part: u64, slot: u16 },
-    Read { volume: u64, part: u64, slot: u16 },
-    Confirm { volume: u64, part: u64, slot: u16, attempt: u32 },
-    Flush { volume: u64, op: u64, slot: u16 },
-    Call { volume: u64, slot: u16, call: CallFor },
+    Write {
+        volume: u64,
+        part: u64,
+        slot: u16,
+    },
+    Read {
+        volume: u64,
+        part: u64,
+        slot: u16,
+    },
+    Confirm {
+        volume: u64,
+        part: u64,
+        slot: u16,
+        attempt: u32,
+    },
+    Flush {
+        volume: u64,
+        op: u64,
+        slot: u16,
+    },
+    Call {
+        volume: u64,
+        slot: u16,
+        call: CallFor,
+    },
     /// Whoever waited does not any more.
     Nobody,
 }
@@ -101,10 +127,24 @@ struct Sent {
 enum State {
     /// Nobody needs it.
     Idle,
-    Waiting { retry_at: Instant },
-    Connecting { link: LinkId, since: Instant },
-    Greeting { link: LinkId, since: Instant },
-    Up { link: LinkId },
+    Waiting {
+        retry_at: Instant,
+    },
+    Connecting {
+        link: LinkId,
+        since: Instant,
+    },
+    Greeting {
+        link: LinkId,
+        since: Instant,
+    },
+    /// The server has greeted; the volumes look at its boot number before anything is sent.
+    Greeted {
+        link: LinkId,
+    },
+    Up {
+        link: LinkId,
+    },
 }
 
 struct Server {
@@ -241,8 +281,7 @@ impl Servers {
 
     /// Sends a rare call.
     pub(crate) fn call(&mut self, io: &mut Io<'_>, number: u32, request: &CsRequest, owner: Owner) {
-        let packet =
-            Packet { kind: FrameKind::CsCall, prefix: cairn_wire::encode(request), payload: Vec::new() };
+        let packet = Packet { kind: FrameKind::CsCall, prefix: cairn_wire::encode(request), payload: Vec::new() };
         self.send(io, number, Rc::new(packet), owner);
     }
 
@@ -332,7 +371,7 @@ impl Servers {
 
     fn lost(&mut self, io: &mut Io<'_>, number: u32, reason: &str) {
         let server = self.at(number);
-        let was_up = matches!(server.state, State::Up { .. });
+        let was_up = matches!(server.state, State::Greeted { .. } | State::Up { .. });
         server.down_since.get_or_insert(io.now);
         server.bury();
         let wanted = server.in_flight > 0 || !server.waiting.is_empty();
@@ -466,7 +505,7 @@ impl Servers {
         let server = self.at(number);
         match reply {
             Ok(Ok(CsReply::Hello { boot })) => {
-                server.state = State::Up { link };
+                server.state = State::Greeted { link };
                 server.down_since = None;
                 server.reported = None;
                 server.attempts = 0;
@@ -483,7 +522,9 @@ impl Servers {
     /// The volumes have looked at the boot number: send what is unanswered, and what waits.
     pub(crate) fn resume(&mut self, io: &mut Io<'_>, number: u32) {
         let server = self.at(number);
-        let State::Up { link } = server.state else { return };
+        let State::Greeted { link } = server.state else { return };
+        server.bury();
+        server.state = State::Up { link };
         for (place, sent) in server.window.iter_mut().enumerate() {
             if let Some(sent) = sent {
                 sent.at = io.now;
@@ -497,7 +538,11 @@ impl Servers {
     /// Says goodbye to everybody.
     pub(crate) fn hang_up(&mut self, io: &mut Io<'_>) {
         for server in &mut self.servers {
-            if let State::Connecting { link, .. } | State::Greeting { link, .. } | State::Up { link } = server.state {
+            if let State::Connecting { link, .. }
+            | State::Greeting { link, .. }
+            | State::Greeted { link }
+            | State::Up { link } = server.state
+            {
                 io.close(link);
             }
             server.state = State::Idle;

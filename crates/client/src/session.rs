@@ -346,9 +346,12 @@ impl Session {
             Link::Up { link, .. } if slept => self.link = Link::Up { link, heard: io.now },
             Link::Up { link, heard } => {
                 let owed = self.in_flight > 0
-                    && self.calls.values().filter_map(|call| call.sent_at).min().is_some_and(|oldest| {
-                        io.now.saturating_since(oldest.max(heard)) > SILENCE_MAX
-                    });
+                    && self
+                        .calls
+                        .values()
+                        .filter_map(|call| call.sent_at)
+                        .min()
+                        .is_some_and(|oldest| io.now.saturating_since(oldest.max(heard)) > SILENCE_MAX);
                 if owed {
                     io.close(link);
                     self.unlinked(io, "the server stopped answering");
@@ -424,9 +427,10 @@ impl Session {
         self.delayed.clear();
         self.ready = self.calls.keys().copied().collect();
         // Session calls first: nothing else can be answered without them.
-        let (mut first, rest): (VecDeque<u64>, VecDeque<u64>) = std::mem::take(&mut self.ready)
-            .into_iter()
-            .partition(|id| matches!(self.calls[id].request, MdsRequest::SessionOpen { .. } | MdsRequest::SessionRenew));
+        let (mut first, rest): (VecDeque<u64>, VecDeque<u64>) =
+            std::mem::take(&mut self.ready).into_iter().partition(|id| {
+                matches!(self.calls[id].request, MdsRequest::SessionOpen { .. } | MdsRequest::SessionRenew)
+            });
         first.extend(rest);
         self.ready = first;
         self.calls.values_mut().for_each(|call| call.sent_at = None);
@@ -560,7 +564,8 @@ impl Session {
             .calls
             .iter()
             .filter(|(_, call)| {
-                !call.request.is_read() && (call.ever_sent || matches!(call.waiter, Waiter::Volume(..) | Waiter::Released(_)))
+                !call.request.is_read()
+                    && (call.ever_sent || matches!(call.waiter, Waiter::Volume(..) | Waiter::Released(_)))
             })
             .map(|(id, _)| *id)
             .collect();

@@ -83,12 +83,8 @@ impl LocalClient {
             cluster: config.cluster,
             node: NodeId::Client(ClientId(0)),
         };
-        let reactor = ReactorConfig {
-            identity,
-            listen: Vec::new(),
-            disks: Vec::new(),
-            options: ReactorOptions::default(),
-        };
+        let reactor =
+            ReactorConfig { identity, listen: Vec::new(), disks: Vec::new(), options: ReactorOptions::default() };
         let (done, connected) = oneshot::channel();
         let connecting = Connecting {
             kind: config.kind,
@@ -130,7 +126,7 @@ impl LocalClient {
             self.0.reactor.with(|core, now, out| core.close(now, handle, Box::new(|| ()), out));
         }
         // Looking costs no turn when nothing has ended.
-        let completions = self.0.reactor.peek(ClientCore::take_completions);
+        let completions = self.0.reactor.peek_mut(ClientCore::take_completions);
         for completion in completions {
             match completion {
                 Completion::Notice(notice) => self.notice(notice),
@@ -287,7 +283,10 @@ impl LocalClient {
     /// Flushes, settles and gives back everything, ends the session and the links. Takes at most twelve seconds.
     pub async fn close(self) {
         let (done, closed) = oneshot::channel::<()>();
-        self.0.reactor.with(|core, now, out| core.shutdown(now, Box::new(move || drop(done.send(()))), out));
+        let told = Box::new(move || {
+            let _ = done.send(());
+        });
+        self.0.reactor.with(|core, now, out| core.shutdown(now, told, out));
         let _ = tokio::time::timeout(CLOSE_DEADLINE, closed).await;
         self.0.reactor.stop();
     }

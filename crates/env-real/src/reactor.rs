@@ -269,7 +269,15 @@ impl<P: Process + 'static> Reactor<P> {
     ///
     /// # Panics
     /// As [`Reactor::with`].
-    pub fn peek<R>(&self, f: impl FnOnce(&mut P) -> R) -> R {
+    pub fn peek<R>(&self, f: impl FnOnce(&P) -> R) -> R {
+        f(&self.0.state.borrow().process)
+    }
+
+    /// As [`Reactor::peek`], to take out what the process has finished.
+    ///
+    /// # Panics
+    /// As [`Reactor::with`].
+    pub fn peek_mut<R>(&self, f: impl FnOnce(&mut P) -> R) -> R {
         f(&mut self.0.state.borrow_mut().process)
     }
 

@@ -29,9 +29,11 @@ impl Volume {
             ServerEvent::Lost(_) => self.move_reads(ctx, slot),
             ServerEvent::Up(_, boot) => {
                 let server = self.server_mut(slot);
-                if server.fence == Fence::Yes && server.boot != boot {
-                    server.boot = boot;
-                    self.on_restarted(ctx, slot);
+                if server.fence == Fence::Yes {
+                    server.excused = false;
+                    if std::mem::replace(&mut server.boot, boot) != boot {
+                        self.on_restarted(ctx, slot);
+                    }
                 }
             }
             ServerEvent::Unreachable(_) => self.on_unreachable(ctx, slot),
@@ -41,8 +43,12 @@ impl Volume {
 
     /// The server runs anew: what it had not flushed may be gone (rule 7).
     fn on_restarted(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
-        if self.tracker.chunks_on(slot).is_empty() {
-            self.tracker.set_clean(slot);
+        // Writes under way that it had answered may be gone too: they are simply sent again.
+        for id in self.forget_answers(slot) {
+            self.send_unsent(ctx, id);
+        }
+        if !self.tracker.may_have_lost(slot) {
+            self.tracker.restarted(slot);
             return;
         }
         ctx.log(format!("{} restarted with unsettled writes of {}: reconciling", self.server(slot).cs, self.id));
@@ -54,9 +60,8 @@ impl Volume {
     fn on_unreachable(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
         let (key, number) = (self.key, self.server(slot).number);
         let mine: Vec<Owner> = ctx.servers.owners(number).into_iter().filter(|o| o.place().0 == key).collect();
-        let settles = |owner: &Owner| {
-            matches!(owner, Owner::Call { volume, call: CallFor::Settle, .. } if *volume == key)
-        };
+        let settles =
+            |owner: &Owner| matches!(owner, Owner::Call { volume, call: CallFor::Settle, .. } if *volume == key);
         let given_up = ctx.servers.take_back(number, settles).len() as u32;
         if given_up > 0 {
             self.settles_unanswered = self.settles_unanswered.saturating_sub(given_up);
@@ -69,6 +74,14 @@ impl Volume {
         if needed {
             self.fail_server(ctx, slot);
         } else {
+            // Perhaps the copies are elsewhere by now.
+            for owner in mine {
+                if let Owner::Read { part, .. } = owner
+                    && let Some(index) = self.parts.get(part).map(|part| part.index)
+                {
+                    self.refresh(ctx, index);
+                }
+            }
             self.move_reads(ctx, slot);
         }
     }

@@ -143,7 +143,8 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            (0u64..300, prop_oneof![1u64..100, Just(5000u64)], any::<bool>()).prop_map(|(f, n, x)| Step::Acquire(f, n, x)),
+            (0u64..300, prop_oneof![1u64..100, Just(5000u64)], any::<bool>())
+                .prop_map(|(f, n, x)| Step::Acquire(f, n, x)),
             any::<usize>().prop_map(Step::Release),
         ]
     }

@@ -65,6 +65,10 @@ pub(super) struct Chunk {
     /// The entry is to be fetched (again).
     pub fetch: bool,
     fetching: bool,
+    /// The entry is being looked up again while it is used as it stands.
+    refreshing: bool,
+    /// The map is said to have changed: look the entry up at its next use.
+    pub hint: bool,
     /// A hole that is to be allocated.
     pub want: bool,
     allocating: bool,
@@ -132,7 +136,8 @@ impl Volume {
         }
         order.retain(|index| {
             let chunk = &self.chunks[index];
-            let keep = chunk.active > 0 || chunk.unsettled > 0 || !chunk.waiting.is_empty() || chunk.known || chunk.calls > 0;
+            let keep =
+                chunk.active > 0 || chunk.unsettled > 0 || !chunk.waiting.is_empty() || chunk.known || chunk.calls > 0;
             if !keep && (first..end).contains(index) && !chunk.fetching && !chunk.allocating {
                 self.chunks.remove(index);
                 return false;
@@ -147,6 +152,8 @@ impl Volume {
         let mut reps = Vec::with_capacity(entry.replicas.len());
         for replica in entry.replicas.iter().take(super::tracker::SET_MAX) {
             let slot = self.slot_of(ctx, replica.cs);
+            // Whatever it failed at before: it is in a set again.
+            self.server_mut(slot).excused = false;
             reps.push(Rep { slot, current: replica.role == ReplicaRole::Current, since: replica.since });
         }
         let news = Entry {
@@ -260,7 +267,15 @@ impl Volume {
         }
         for rep in slots {
             let request = if create {
-                CsRequest::Create { chunk: entry.chunk, volume, layer: entry.layer, index, block_count: blocks, version, epoch }
+                CsRequest::Create {
+                    chunk: entry.chunk,
+                    volume,
+                    layer: entry.layer,
+                    index,
+                    block_count: blocks,
+                    version,
+                    epoch,
+                }
             } else {
                 CsRequest::Raise { chunk: entry.chunk, volume, epoch, since: rep.since, version }
             };
@@ -353,6 +368,32 @@ impl Volume {
         touched
     }
 
+    /// Looks the entry up again without waiting for the answer: what is known stays in use, and goes on to be used when no
+    /// metadata server can be reached.
+    pub(super) fn refresh(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let Some(chunk) = self.chunks.get_mut(&index) else { return };
+        chunk.hint = false;
+        if chunk.refreshing || chunk.fetching || !chunk.known {
+            return;
+        }
+        chunk.refreshing = true;
+        let request = MdsRequest::ChunkMap { volume: self.id, index, limit: MAP_RUN as u32 };
+        ctx.call(request, self.waiter(VolumeCall::Fetch { index }));
+    }
+
+    /// The map changed somewhere: chunks in use are looked up now, the others when they are used.
+    pub(crate) fn on_map_changed(&mut self, ctx: &mut Ctx<'_>) {
+        let mut busy: Vec<u64> = Vec::new();
+        for (index, chunk) in self.chunks.iter_mut().filter(|(_, chunk)| chunk.entry.is_some()) {
+            chunk.hint = true;
+            if chunk.active > 0 {
+                busy.push(*index);
+            }
+        }
+        busy.sort_unstable();
+        busy.into_iter().for_each(|index| self.refresh(ctx, index));
+    }
+
     fn fetch(&mut self, ctx: &mut Ctx<'_>, index: u64) {
         self.chunk(index).fetching = true;
         let request = MdsRequest::ChunkMap { volume: self.id, index, limit: MAP_RUN as u32 };
@@ -361,6 +402,12 @@ impl Volume {
 
     pub(super) fn on_fetched(&mut self, ctx: &mut Ctx<'_>, index: u64, result: Result<MdsReply, MdsError>) {
         let Some(chunk) = self.chunks.get_mut(&index) else { return };
+        if std::mem::take(&mut chunk.refreshing) && !chunk.fetching {
+            if let Ok(MdsReply::Chunks(entries)) = result {
+                self.on_refreshed(ctx, entries);
+            }
+            return;
+        }
         chunk.fetching = false;
         let before = chunk.entry.as_ref().map(|entry| entry.version);
         let again = chunk.known && chunk.fetch;
@@ -401,6 +448,23 @@ impl Volume {
         for other in others {
             if self.chunks.get(&other).is_some_and(|chunk| chunk.active > 0 || chunk.unsettled > 0) {
                 self.drive(ctx, other);
+            }
+        }
+    }
+
+    fn on_refreshed(&mut self, ctx: &mut Ctx<'_>, entries: Vec<ChunkEntry>) {
+        for entry in entries {
+            let index = entry.index;
+            let Some(chunk) = self.chunks.get_mut(&index) else { continue };
+            chunk.hint = false;
+            if chunk.entry.as_ref().is_some_and(|known| known.version < entry.version) {
+                self.adopt_entry(ctx, entry, false);
+                let chunk = self.chunk(index);
+                if chunk.active > 0 || chunk.unsettled > 0 {
+                    // Reads that wait for a server that left are asked again where the copies are now.
+                    self.restart_reads(ctx, index);
+                    self.drive(ctx, index);
+                }
             }
         }
     }

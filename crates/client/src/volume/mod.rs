@@ -30,8 +30,8 @@ use cairn_wire::cs::{CsError, CsReply, CsRequest};
 use cairn_wire::mds::{LeaseGrant, LeaseMode, MdsError, MdsReply, MdsRequest};
 use locks::RangeLocks;
 use map::Chunk;
-use ops::Op;
 pub(crate) use ops::Done;
+use ops::Op;
 use reconcile::Reconcile;
 use std::collections::VecDeque;
 use tracker::Tracker;
@@ -76,7 +76,9 @@ struct VolServer {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum State {
-    Acquiring { deadline: Instant },
+    Acquiring {
+        deadline: Instant,
+    },
     Fencing,
     Open,
     /// The lease is being given back.

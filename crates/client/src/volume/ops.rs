@@ -46,14 +46,42 @@ impl Done {
 }
 
 pub(super) enum Kind {
-    Read { offset: u64, len: u64 },
-    Write { offset: u64, data: Buf, fua: bool },
-    Zero { offset: u64, len: u64, fua: bool },
-    Compare { offset: u64, compare: Buf, data: Buf, fua: bool },
-    Extents { offset: u64, len: u64, next: u64 },
-    Flush { waiting: Vec<u16>, upto: u64 },
+    Read {
+        offset: u64,
+        len: u64,
+    },
+    Write {
+        offset: u64,
+        data: Buf,
+        fua: bool,
+    },
+    Zero {
+        offset: u64,
+        len: u64,
+        fua: bool,
+    },
+    Compare {
+        offset: u64,
+        compare: Buf,
+        data: Buf,
+        fua: bool,
+    },
+    Extents {
+        offset: u64,
+        len: u64,
+        next: u64,
+    },
+    Flush {
+        waiting: Vec<u16>,
+        upto: u64,
+    },
     /// Reads blocks of one chunk, from `sources` first, and writes them to every replica.
-    Copy { block: u64, count: u32, unmap: bool, sources: Vec<u16> },
+    Copy {
+        block: u64,
+        count: u32,
+        unmap: bool,
+        sources: Vec<u16>,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

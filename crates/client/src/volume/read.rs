@@ -54,7 +54,11 @@ impl Volume {
         read.confirms = 0;
         let attempt = read.attempt;
         let (bad, sources) = (read.bad.clone(), read.sources.clone());
-        let entry = self.chunks[&index].entry.clone();
+        let chunk = &self.chunks[&index];
+        let (entry, hint) = (chunk.entry.clone(), chunk.hint);
+        if hint {
+            self.refresh(ctx, index);
+        }
         let Some(entry) = entry else {
             let zeros = ctx.zeros.slice(0, count as usize * BLOCK_SIZE);
             self.read_zeros(ctx, id, zeros, fresh);
@@ -330,6 +334,27 @@ impl Volume {
         parts.dedup();
         for part in parts {
             self.start_part(ctx, part);
+        }
+    }
+
+    /// The replica set of a chunk changed: reads waiting for servers that have no link are asked again.
+    pub(super) fn restart_reads(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let waits = |part: &Part| match &part.body {
+            Body::Read(read) if part.index == index => read.at,
+            _ => None,
+        };
+        let stuck: Vec<(u64, u16)> =
+            self.parts.iter().filter_map(|(id, part)| waits(part).map(|slot| (id, slot))).collect();
+        for (id, slot) in stuck {
+            let (key, number) = (self.key, self.server(slot).number);
+            if ctx.servers.is_up(number) {
+                continue;
+            }
+            ctx.servers.cancel(
+                number,
+                |owner| matches!(owner, Owner::Read { volume, part, .. } if *volume == key && *part == id),
+            );
+            self.start_part(ctx, id);
         }
     }
 

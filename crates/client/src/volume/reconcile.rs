@@ -135,7 +135,10 @@ fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)]) -> Vec<Copy> {
         while at < end {
             let room = if winner.unmap { u32::MAX } else { DATA_BLOCKS_MAX };
             let joins = copies.last().is_some_and(|last| {
-                last.first + last.count == at && last.unmap == winner.unmap && last.sources == sources && last.count < room
+                last.first + last.count == at
+                    && last.unmap == winner.unmap
+                    && last.sources == sources
+                    && last.count < room
             });
             if !joins {
                 copies.push(Copy { index, first: at, count: 0, unmap: winner.unmap, sources: sources.clone() });
@@ -348,14 +351,28 @@ impl Volume {
     fn plan(&mut self, ctx: &mut Ctx<'_>) {
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
         let mut copies = VecDeque::new();
+        let mut unasked = BTreeSet::new();
         for (index, name) in &reconcile.chunks {
             let Some(entry) = self.chunks.get(index).and_then(|chunk| chunk.entry.as_ref()) else { continue };
+            // A lone current replica has nobody to differ from.
+            if entry.current().count() > 1 {
+                unasked.extend(entry.current().filter(|slot| !reconcile.tails.contains_key(slot)));
+            }
             let of = |slot: u16| -> Vec<TailEntry> {
                 let tail = reconcile.tails.get(&slot).into_iter().flatten();
                 tail.filter(|e| e.chunk == *name).copied().collect()
             };
             let tails: Vec<(u16, Vec<TailEntry>)> = Entry::current(entry).map(|slot| (slot, of(slot))).collect();
             copies.extend(differences(*index, &tails));
+        }
+        if !unasked.is_empty() {
+            // A server came back into a set after the tails were asked for: without its tail nothing is known.
+            for slot in unasked {
+                self.server_mut(slot).excused = false;
+                self.ask_fence(ctx, slot);
+            }
+            self.reconcile_again(ctx);
+            return;
         }
         let count = copies.len();
         reconcile.stage = Stage::Copy;
@@ -372,7 +389,11 @@ impl Volume {
         reconcile.under_way -= 1;
         reconcile.failed |= !ok;
         if reconcile.stage == Stage::Flush {
-            if reconcile.failed { self.reconcile_again(ctx) } else { self.finish_reconcile(ctx) }
+            if reconcile.failed {
+                self.reconcile_again(ctx)
+            } else {
+                self.finish_reconcile(ctx)
+            }
             return;
         }
         while let Some(reconcile) = &mut self.reconcile

@@ -168,6 +168,11 @@ impl Volume {
             self.refetch_later(ctx, index);
             return;
         }
+        let hint = self.chunks[&index].hint;
+        if hint {
+            self.refresh(ctx, index);
+        }
+        let Some(entry) = &self.chunk(index).entry else { unreachable!("just seen") };
         let slots: Vec<Target> = entry.reps.iter().map(|rep| Target { slot: rep.slot, at: At::Unsent }).collect();
         let (unsettled, bytes) = self.tracker.load();
         if !internal && (unsettled >= UNSETTLED_MAX / 2 || bytes >= UNSETTLED_BYTES_MAX / 2) {
@@ -202,7 +207,7 @@ impl Volume {
     }
 
     /// Sends a write to every target that does not have it and is not being asked.
-    fn send_unsent(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+    pub(super) fn send_unsent(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let (volume, epoch, key) = (self.id, self.epoch, self.key);
         let settled = self.tracker.settled();
         let Some(part) = self.parts.get_mut(id) else { return };
@@ -446,9 +451,10 @@ impl Volume {
             let sequence = write.sequence;
             for gone in write.targets.iter().filter(|t| entry.rep(t.slot).is_none()) {
                 let number = self.servers[gone.slot as usize].number;
-                ctx.servers.cancel(number, |owner| {
-                    matches!(owner, Owner::Write { volume, part, .. } if *volume == self.key && *part == id)
-                });
+                ctx.servers.cancel(
+                    number,
+                    |owner| matches!(owner, Owner::Write { volume, part, .. } if *volume == self.key && *part == id),
+                );
             }
             write.targets.retain(|target| entry.rep(target.slot).is_some());
             let mut forget = planted!("forget_replica_in_version_change");
@@ -482,6 +488,19 @@ impl Volume {
         chunks.sort_unstable();
         chunks.dedup();
         chunks
+    }
+
+    /// A server restarted: what it answered for writes that are still under way counts no more. Answers those writes.
+    pub(super) fn forget_answers(&mut self, slot: u16) -> Vec<u64> {
+        let mut again = Vec::new();
+        for id in self.parts.keys() {
+            let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { continue };
+            for target in write.targets.iter_mut().filter(|t| t.slot == slot && t.at == At::Ok) {
+                target.at = At::Unsent;
+                again.push(id);
+            }
+        }
+        again
     }
 
     /// Takes the durable mark of an answer.

@@ -1,0 +1,5 @@
+//! The client core against real chunk servers and the real metadata state machine, in virtual time.
+
+mod data;
+mod faults;
+mod world;
