@@ -26,6 +26,7 @@ pub mod options;
 mod pieces;
 mod reports;
 
+pub use client::ClientRunner;
 pub use mount::{MountError, Mounted, mount_with};
 pub use options::{MountArgs, MountArgsError, MountOptions, parse_mount_args};
 
@@ -34,5 +35,5 @@ pub use options::{MountArgs, MountArgsError, MountOptions, parse_mount_args};
 /// # Errors
 /// [`MountError`] when the log file or the kernel refuses.
 pub fn mount(client: cairn_client::Client, options: &MountOptions) -> Result<Mounted, MountError> {
-    mount_with(std::sync::Arc::new(client::ClientRunner(client)), options)
+    mount_with(std::sync::Arc::new(ClientRunner(client)), options)
 }

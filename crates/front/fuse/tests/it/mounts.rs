@@ -25,7 +25,13 @@ fn run(command: &mut Command) {
 
 fn posix(options: &str) {
     let cluster = Cluster::start(21);
-    let Some(mount) = TestMount::new(&cluster, options) else { return };
+    if let Some(mount) = TestMount::new(&cluster, options) {
+        posix_on(&mount);
+    }
+}
+
+/// Runs the POSIX script on a mount that allows devices and set-user-id.
+pub fn posix_on(mount: &TestMount) {
     if has("python3") {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/posix.py");
         run(Command::new("python3").arg(script).arg(mount.path()));
@@ -144,13 +150,23 @@ fn git_keeps_a_repository_here() {
 fn fio_verifies_what_it_wrote() {
     let cluster = Cluster::start(25);
     let Some(mount) = TestMount::new(&cluster, "") else { return };
+    fio_on(&mount, "24m");
+}
+
+/// Writes at random and verifies, through the page cache, around it, and through a memory map.
+pub fn fio_on(mount: &TestMount, size: &str) {
     if !has("fio") {
         return;
     }
     for (name, direct, engine) in [("cached", "0", "psync"), ("direct", "1", "libaio"), ("mapped", "0", "mmap")] {
         let mut fio = Command::new("fio");
         fio.current_dir(mount.path()).arg(format!("--name={name}"));
-        fio.args(["--size=24m", "--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16", "--verify=crc32c"]);
+        fio.arg(format!("--size={size}")).args([
+            "--rw=randwrite",
+            "--bsrange=4k-64k",
+            "--iodepth=16",
+            "--verify=crc32c",
+        ]);
         fio.args(["--do_verify=1", "--verify_fatal=1", "--end_fsync=1"]);
         fio.arg(format!("--direct={direct}")).arg(format!("--ioengine={engine}"));
         run(&mut fio);
