@@ -211,8 +211,7 @@ impl Shadow {
         let candidates = self.blocks.get(&key).map_or(&empty, |history| &history.candidates);
         let zero = [0];
         let allowed: &[u64] = if candidates.is_empty() { &zero } else { candidates };
-        let written: std::collections::BTreeSet<u64> =
-            ops.iter().filter(|op| op.write).map(|op| op.value).collect();
+        let written: std::collections::BTreeSet<u64> = ops.iter().filter(|op| op.write).map(|op| op.value).collect();
         let mut initial: Option<u64> = None;
         for op in ops.iter_mut().filter(|op| !op.write && op.end != u64::MAX && !written.contains(&op.value)) {
             if !allowed.contains(&op.value) {

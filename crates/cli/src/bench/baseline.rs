@@ -3,7 +3,6 @@
 //! Nothing of Cairn is in these loops; they say what the machine could do.
 
 use anyhow::{Context, Result};
-use hdrhistogram::Histogram;
 use io_uring::{IoUring, opcode, types};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};

@@ -10,8 +10,8 @@
 
 use crate::context::Context;
 use crate::verbs;
-use anyhow::{Context as _, Result, bail};
 use crate::verbs::cs::CsOptions;
+use anyhow::{Context as _, Result, bail};
 use cairn_cs::MakeCs;
 use cairn_types::{ClusterId, HostId};
 use cairn_wire::auth::ClusterKey;
@@ -22,8 +22,8 @@ use std::process::Command;
 
 use super::{CS_COUNT, MDS_COUNT};
 
-/// Space of a chunk server unless given, if a tenth of the free space is not less.
-const CS_SIZE_DEFAULT: u64 = 8 << 30;
+/// Space of a chunk server unless given, if a sixteenth of the free space is not less.
+const CS_SIZE_DEFAULT: u64 = 3 << 30;
 /// Least space a chunk server is made with.
 const CS_SIZE_MIN: u64 = 512 << 20;
 
@@ -76,7 +76,7 @@ impl Layout {
             std::fs::create_dir_all(dir.join(name))?;
         }
         let free = verbs::cs::free_space(&dir).unwrap_or(u64::MAX);
-        let cs_size = cs_size.unwrap_or(CS_SIZE_DEFAULT.min(free / 10)) & !((1 << 20) - 1);
+        let cs_size = cs_size.unwrap_or(CS_SIZE_DEFAULT.min(free / 16)) & !((1 << 20) - 1);
         if cs_size < CS_SIZE_MIN {
             let free = cairn_types::format_size(free);
             bail!("{} has {free} free; a quickstart cluster needs at least 6 GiB", dir.display());

@@ -69,7 +69,7 @@ fn start_and_serve(
     args: &QuickstartArgs,
     layout: &Layout,
     context: &Context,
-    children: &mut Children,
+    children: &mut Children<'_>,
     stop: &children::StopFlag,
     fresh: bool,
     begun: Instant,
@@ -89,7 +89,7 @@ fn start_and_serve(
     run_command(args, layout, mounted)
 }
 
-fn start_servers(layout: &Layout, context: &Context, children: &mut Children, fresh: bool) -> Result<()> {
+fn start_servers(layout: &Layout, context: &Context, children: &mut Children<'_>, fresh: bool) -> Result<()> {
     if fresh {
         let key = layout.new_key()?;
         layout.make_first_mds(context, &key)?;
@@ -116,7 +116,7 @@ fn start_servers(layout: &Layout, context: &Context, children: &mut Children, fr
 }
 
 /// Waits until every metadata server votes and every chunk server is active.
-fn wait_until_whole(context: &Context, children: &mut Children, stop: &children::StopFlag) -> Result<()> {
+fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &children::StopFlag) -> Result<()> {
     let begun = now();
     loop {
         children.fail_if_any_ended()?;
@@ -158,7 +158,7 @@ fn ensure_demo_volume(context: &Context) -> Result<()> {
 }
 
 /// Starts NBD server and mount; true when the namespace is mounted.
-fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Children) -> Result<bool> {
+fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Children<'_>) -> Result<bool> {
     let listen = format!("127.0.0.1:{}", layout.state.nbd_port);
     let socket = layout.nbd_socket();
     let words = ["nbd", "serve", DEMO_VOLUME, "--listen", &listen, "--unix", &socket.display().to_string()];
@@ -194,7 +194,7 @@ fn run_command(args: &QuickstartArgs, layout: &Layout, mounted: bool) -> Result<
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }
 
-fn print_welcome(layout: &Layout, children: &Children, mounted: bool, took: Duration) {
+fn print_welcome(layout: &Layout, children: &Children<'_>, mounted: bool, took: Duration) {
     let cluster = &layout.state.cluster;
     println!("Cluster {cluster} serves after {:.1} s. It lives in {}.\n", took.as_secs_f64(), layout.dir.display());
     println!("{:<7} {:>7}  WHERE", "WHAT", "PID");

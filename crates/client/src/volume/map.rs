@@ -309,11 +309,9 @@ impl Volume {
                     chunk.create = false;
                     self.drive(ctx, index);
                 }
-                return;
             }
             Err(CsError::StaleEpoch { .. }) => {
                 self.die(ctx, BlockError::Fenced);
-                return;
             }
             Err(error) => {
                 // Whatever went wrong, this round is over; the next begins with a fresh look.
