@@ -85,7 +85,7 @@ impl Explorer {
     fn explore(&mut self, checked: &Checked) {
         for (i, disk) in crash_states(&checked.world.disk, &mut self.rng).into_iter().enumerate() {
             self.seen += 1;
-            if self.seen % self.stride != 0 {
+            if !self.seen.is_multiple_of(self.stride) {
                 continue;
             }
             self.visited += 1;
