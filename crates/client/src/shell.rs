@@ -44,6 +44,9 @@ struct Connecting {
 #[derive(Clone)]
 pub struct LocalClient(Rc<Inner>);
 
+/// Called when somebody else wants the lease.
+type RecallHook = Box<dyn FnMut(LeaseMode)>;
+
 struct VolumeInner {
     client: LocalClient,
     handle: VolumeHandle,
@@ -52,7 +55,7 @@ struct VolumeInner {
     read_only: bool,
     fenced: Cell<bool>,
     closed: Cell<bool>,
-    recall_hooks: RefCell<Vec<Box<dyn FnMut(LeaseMode)>>>,
+    recall_hooks: RefCell<Vec<RecallHook>>,
 }
 
 impl Drop for VolumeInner {

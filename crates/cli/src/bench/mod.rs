@@ -161,7 +161,7 @@ async fn run_volume(client: &cairn_client::LocalClient, name: &str, shape: &Shap
     load::fill(&volume, span & !((1 << 20) - 1)).await.context("fill the volume")?;
     let figures = measure(&volume, shape, span).await;
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    volume.clone().release_with(move || drop(sender.send(())));
+    volume.clone().release_with(move || sender.send(()).unwrap_or(()));
     let _ = receiver.await;
     figures
 }

@@ -76,7 +76,6 @@ fn start_and_serve(
 ) -> Result<i32> {
     start_servers(layout, context, children, fresh)?;
     wait_until_whole(context, children, stop)?;
-    ensure_demo_volume(context)?;
     let mounted = start_front_ends(args, layout, children)?;
     children.write_pids()?;
     if args.command.is_empty() {
@@ -115,28 +114,35 @@ fn start_servers(layout: &Layout, context: &Context, children: &mut Children<'_>
     Ok(())
 }
 
-/// Waits until every metadata server votes and every chunk server is active.
+/// Waits, on one session, until every metadata server votes and every chunk server is active; then makes the demo volume.
 fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &children::StopFlag) -> Result<()> {
     let begun = now();
-    loop {
-        children.fail_if_any_ended()?;
-        if stop.is_set() {
-            bail!("stopped while starting");
-        }
-        let stat = context.call(MdsRequest::Stat);
-        match stat {
-            Ok(MdsReply::Stat(stat)) if is_whole(&stat) => return Ok(()),
-            Ok(MdsReply::Stat(stat)) if begun.elapsed() > START_DEADLINE => {
-                let (mds, cs) = (stat.mds.iter().filter(|m| m.voter).count(), active(&stat));
-                bail!("only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs");
+    context.block_on(async |client| {
+        loop {
+            children.fail_if_any_ended()?;
+            if stop.is_set() {
+                bail!("stopped while starting");
             }
-            Ok(MdsReply::Stat(_)) => {}
-            Ok(other) => return Err(unexpected(&other)),
-            Err(error) if begun.elapsed() > START_DEADLINE => return Err(error),
-            Err(_) => {}
+            match client.call(MdsRequest::Stat).await {
+                Ok(MdsReply::Stat(stat)) if is_whole(&stat) => break,
+                Ok(MdsReply::Stat(stat)) if begun.elapsed() > START_DEADLINE => {
+                    let (mds, cs) = (stat.mds.iter().filter(|m| m.voter).count(), active(&stat));
+                    bail!("only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs");
+                }
+                Ok(MdsReply::Stat(_)) => {}
+                Ok(other) => return Err(unexpected(&other)),
+                Err(error) if begun.elapsed() > START_DEADLINE => return Err(error.into()),
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        children::pause(Duration::from_millis(20));
-    }
+        let options = VolumeOptions::default();
+        let request = MdsRequest::VolumeCreate { name: DEMO_VOLUME.to_owned(), size: DEMO_SIZE, options };
+        match client.call(request).await {
+            Ok(_) | Err(MdsError::Exists(_)) => Ok(()),
+            Err(error) => Err(anyhow::Error::from(error).context("create the demo volume")),
+        }
+    })
 }
 
 fn active(stat: &ClusterStat) -> usize {
@@ -145,16 +151,6 @@ fn active(stat: &ClusterStat) -> usize {
 
 fn is_whole(stat: &ClusterStat) -> bool {
     stat.mds.len() >= MDS_COUNT && stat.mds.iter().all(|mds| mds.voter) && active(stat) >= CS_COUNT
-}
-
-fn ensure_demo_volume(context: &Context) -> Result<()> {
-    let options = VolumeOptions::default();
-    let request = MdsRequest::VolumeCreate { name: DEMO_VOLUME.to_owned(), size: DEMO_SIZE, options };
-    match context.call(request) {
-        Ok(_) => Ok(()),
-        Err(error) if matches!(error.downcast_ref::<MdsError>(), Some(MdsError::Exists(_))) => Ok(()),
-        Err(error) => Err(error.context("create the demo volume")),
-    }
 }
 
 /// Starts NBD server and mount; true when the namespace is mounted.

@@ -125,7 +125,7 @@ async fn open_volume(client: &LocalClient, name: &str, read_only: bool) -> Resul
 /// Gives a lease back and waits for it.
 pub async fn release(volume: &LocalVolume) {
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    volume.clone().release_with(move || drop(sender.send(())));
+    volume.clone().release_with(move || sender.send(()).unwrap_or(()));
     let _ = receiver.await;
 }
 

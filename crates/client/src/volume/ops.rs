@@ -159,7 +159,6 @@ impl Volume {
     }
 
     /// What to do; nothing; an answer at once.
-    #[expect(clippy::type_complexity, reason = "private, and told apart right at the only call")]
     fn check(&self, op: BlockOp) -> Result<Option<Kind>, Result<BlockReply, BlockError>> {
         if let Some(error) = self.death() {
             return Err(Err(error.clone()));
