@@ -37,7 +37,11 @@ use std::collections::VecDeque;
 use tracker::Tracker;
 use write::Part;
 
-const ACQUIRE_EVERY: Duration = Duration::from_millis(200);
+/// How soon a lease that somebody else holds is asked for again, at first; then twice as long each time. A holder that only
+/// read, or has closed the file, gives it back within milliseconds.
+const ACQUIRE_AGAIN: Duration = Duration::from_millis(5);
+/// And at most. Each attempt is a command in the metadata servers' log.
+const ACQUIRE_AGAIN_MAX: Duration = Duration::from_millis(200);
 const TICK: Duration = Duration::from_millis(500);
 
 /// Calls a volume makes to the metadata servers.
@@ -78,6 +82,8 @@ struct VolServer {
 enum State {
     Acquiring {
         deadline: Instant,
+        /// How long to wait before the next attempt.
+        again: Duration,
     },
     Fencing,
     Open,
@@ -156,7 +162,7 @@ impl Volume {
             size: 0,
             rule,
             chunk_blocks: 1,
-            state: State::Acquiring { deadline },
+            state: State::Acquiring { deadline, again: ACQUIRE_AGAIN },
             refs: 0,
             openers: Vec::new(),
             successors: Vec::new(),
@@ -260,14 +266,17 @@ impl Volume {
     }
 
     fn on_acquired(&mut self, ctx: &mut Ctx<'_>, result: Result<MdsReply, MdsError>) {
-        let State::Acquiring { deadline } = self.state else { return };
+        let State::Acquiring { deadline, again } = self.state else { return };
         match result {
             Ok(MdsReply::Lease(grant)) => self.begin(ctx, grant),
             Err(MdsError::Held { holder, .. }) if ctx.io.now >= deadline => {
                 let volume = self.id;
                 self.fail_open(ctx, OpenError::Held { volume, holder });
             }
-            Err(MdsError::Held { .. }) => ctx.io.timers.after(ctx.io.now, ACQUIRE_EVERY, Timer::Acquire(self.key)),
+            Err(MdsError::Held { .. }) => {
+                ctx.io.timers.after(ctx.io.now, again, Timer::Acquire(self.key));
+                self.state = State::Acquiring { deadline, again: (again * 2).min(ACQUIRE_AGAIN_MAX) };
+            }
             Err(error) => self.fail_open(ctx, OpenError::Mds(error)),
             Ok(other) => {
                 self.fail_open(ctx, OpenError::Mds(MdsError::Invalid(format!("unexpected answer {other:?}"))));

@@ -116,7 +116,7 @@ pub fn run_on(seed: u64, new_mount: impl Fn() -> Option<TestMount>, flags: i32, 
     let Some(mut mount) = new_mount() else { return };
     let mut fsx = Fsx { rng: Rng::new(seed), shadow: Vec::new() };
     for round in 0..3 {
-        let path = mount.path().join("file");
+        let path = mount.path().join(format!("file {seed}"));
         let open = |append| {
             OpenOptions::new().read(true).write(true).create(true).append(append).custom_flags(flags).open(&path)
         };

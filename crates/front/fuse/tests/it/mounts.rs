@@ -222,7 +222,13 @@ fn reopening_a_file_just_closed_asks_nobody() {
 #[ignore = "prints figures; run it alone, in a release build"]
 fn figures() {
     let cluster = Cluster::start(29);
-    let Some(mount) = TestMount::new(&cluster, "threads=2") else { return };
+    if let Some(mount) = TestMount::new(&cluster, "threads=2") {
+        figures_on(&mount);
+    }
+}
+
+/// Prints what fio measures, and how fast small files are made.
+pub fn figures_on(mount: &TestMount) {
     for (name, rest) in [
         ("one writer, 4 KiB", "--rw=randwrite --bs=4k --direct=1 --ioengine=psync"),
         ("one reader, 4 KiB", "--rw=randread --bs=4k --direct=1 --ioengine=psync"),
@@ -241,4 +247,15 @@ fn figures() {
         let (read, write) = (fields.get(7).unwrap_or(&"?"), fields.get(48).unwrap_or(&"?"));
         println!("{name}: {read} reads/s, {write} writes/s");
     }
+    let mut created = 0;
+    let mut python = Command::new("python3");
+    python.current_dir(mount.path()).arg("-c");
+    python.arg(
+        "import time\nt = time.time()\nfor i in range(2000):\n    f = open(f'small{i}', 'wb'); f.write(b'x' * 3000); f.close()\n\
+         print(int(2000 / (time.time() - t)))",
+    );
+    if let Ok(output) = python.output() {
+        created = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap_or(0);
+    }
+    println!("small files created, written and closed: {created}/s");
 }

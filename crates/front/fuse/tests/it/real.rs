@@ -9,7 +9,7 @@ use cairn_mds::repository::{Identity, create};
 use cairn_mds::shell::RunConfig;
 use cairn_types::{ClusterId, HostId, MdsId};
 use cairn_wire::auth::ClusterKey;
-use cairn_wire::mds::SessionKind;
+use cairn_wire::mds::{MdsReply, MdsRequest, SessionKind};
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -75,7 +75,7 @@ fn start_cs(directory: &Path, number: u8, cluster: ClusterId, key: ClusterKey, m
     let (ready, is_ready) = mpsc::channel();
     thread("cs", move || {
         let serve = async move {
-            let running = cairn_cs::shell::start(&config).expect("the chunk server starts");
+            let running = cairn_cs::shell::start(&config).await.expect("the chunk server starts");
             ready.send(()).expect("somebody waits");
             running.reactor.stopped().await;
         };
@@ -93,22 +93,47 @@ impl RealCluster {
         for number in 1..=3 {
             start_cs(&directory.path().join(format!("cs{number}")), number, cluster, key.clone(), mds);
         }
-        Self { key, mds, _directory: directory }
+        let cluster = Self { key, mds, _directory: directory };
+        cluster.wait_for_servers(3);
+        cluster
     }
 
-    fn mount(&self, options: &str) -> Option<TestMount> {
-        let config = ClientConfig {
+    /// Waits until so many chunk servers have joined: before, a chunk finds too few hosts.
+    fn wait_for_servers(&self, count: usize) {
+        let client = Client::spawn(self.client("wait")).expect("the client connects");
+        loop {
+            let (tell, told) = mpsc::channel();
+            client.run(move |local| {
+                local.call_with(MdsRequest::Topology, move |reply| {
+                    let _ = tell.send(reply);
+                });
+            });
+            match told.recv().expect("an answer") {
+                Ok(MdsReply::Topology { cs, .. }) if cs.len() >= count => break,
+                Ok(_) => std::thread::yield_now(),
+                Err(error) => panic!("topology: {error}"),
+            }
+        }
+        client.shutdown();
+    }
+
+    fn client(&self, purpose: &str) -> ClientConfig {
+        ClientConfig {
             cluster_name: NAME.to_owned(),
             key: self.key.clone(),
             cluster: None,
             mds: vec![self.mds],
             host: HostId([9; 16]),
             host_name: "host9".to_owned(),
-            purpose: "mount in a test".to_owned(),
+            purpose: purpose.to_owned(),
             kind: SessionKind::Client,
             on_no_space: OnNoSpace::Fail,
-        };
-        TestMount::with(|| Arc::new(ClientRunner(Client::spawn(config).expect("the client connects"))), options)
+        }
+    }
+
+    fn mount(&self, options: &str) -> Option<TestMount> {
+        let client = || Client::spawn(self.client("mount")).expect("the client connects");
+        TestMount::with(|| Arc::new(ClientRunner(client())), options)
     }
 }
 
@@ -151,5 +176,14 @@ fn two_mounts_of_a_real_cluster_see_each_others_closed_files() {
     for number in 0..300 {
         let text = fs::read_to_string(b.path().join(format!("n{number}"))).expect("read");
         assert_eq!(text, format!("content {number}"));
+    }
+}
+
+#[test]
+#[ignore = "prints figures; run it alone"]
+fn figures_of_a_real_cluster() {
+    let cluster = RealCluster::start();
+    if let Some(mount) = cluster.mount("threads=2") {
+        mounts::figures_on(&mount);
     }
 }
