@@ -16,7 +16,10 @@ pub fn run(root: &Path) -> ExitCode {
         ("requirements", &["cargo", "xtask", "requirements"]),
         ("release build", &["cargo", "build", "--release", "--quiet", "-p", "cairn"]),
         // In release, so that dependencies are compiled once; assertions of invariants are on there too.
-        ("unit and property tests", &["cargo", "test", "--release", "--workspace", "--exclude", "cairn-tests", "--quiet"]),
+        (
+            "unit and property tests",
+            &["cargo", "test", "--release", "--workspace", "--exclude", "cairn-tests", "--quiet"],
+        ),
         ("regression seeds", &[&binary, "sim", "--regressions"]),
         ("fresh seeds", &[&binary, "sim", "--seeds", SEEDS]),
         ("system tests", &["cargo", "test", "--release", "-p", "cairn-tests", "--", "--test-threads=1"]),

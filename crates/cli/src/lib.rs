@@ -1,7 +1,8 @@
 //! The command line: arguments, one file per verb, screens.
 //!
-//! Data goes to stdout, everything else to stderr. `-o json` works everywhere. Exit codes: 0 done, 1 failed (the reason is
-//! on stderr), 2 the arguments make no sense, 3 no metadata server answers, 4 authentication failed. Start at [`main`].
+//! Data goes to stdout, everything else to stderr. `-o json` works everywhere. Exit codes: 0 done, 1 failed (the reason
+//! is on stderr), 2 the arguments make no sense, 3 no metadata server answers, 4 authentication failed. Start at
+//! [`main`].
 
 pub mod bench;
 pub mod context;

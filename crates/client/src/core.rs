@@ -252,8 +252,8 @@ impl ClientCore {
         self.settle(now, out);
     }
 
-    /// Opens a volume: takes the lease, waiting for its holder to give it back, fences its servers, reconciles its replicas.
-    /// Opening again what is open shares the lease; each open wants its close.
+    /// Opens a volume: takes the lease, waiting for its holder to give it back, fences its servers, reconciles its
+    /// replicas. Opening again what is open shares the lease; each open wants its close.
     pub fn open(&mut self, now: Now, id: VolumeId, mode: LeaseMode, rule: SizeRule, done: OpenDone, out: &mut Effects) {
         self.open_now(now, id, mode, rule, done, out);
         self.settle(now, out);
@@ -321,8 +321,8 @@ impl ClientCore {
         self.settle(now, out);
     }
 
-    /// Gives a handle up: flushes and settles. The lease itself is kept for a while, in case the volume is opened again, and
-    /// given back when somebody else wants it.
+    /// Gives a handle up: flushes and settles. The lease itself is kept for a while, in case the volume is opened
+    /// again, and given back when somebody else wants it.
     pub fn close(&mut self, now: Now, handle: VolumeHandle, done: Box<dyn FnOnce()>, out: &mut Effects) {
         if self.volumes.get(handle.0).is_none() {
             self.done.push(Completion::Closed(done));
@@ -332,7 +332,8 @@ impl ClientCore {
         self.settle(now, out);
     }
 
-    /// Gives a handle up, and the lease with it as soon as no other open of the volume is left. `done` follows the release.
+    /// Gives a handle up, and the lease with it as soon as no other open of the volume is left. `done` follows the
+    /// release.
     pub fn release(&mut self, now: Now, handle: VolumeHandle, done: Box<dyn FnOnce()>, out: &mut Effects) {
         if self.volumes.get(handle.0).is_none() {
             self.done.push(Completion::Closed(done));
@@ -357,8 +358,8 @@ impl ClientCore {
         }
     }
 
-    /// Closes everything: flushes, settles, gives leases back, ends the session. What cannot be reached within ten seconds is
-    /// left as it is; the next holder reconciles it.
+    /// Closes everything: flushes, settles, gives leases back, ends the session. What cannot be reached within ten
+    /// seconds is left as it is; the next holder reconciles it.
     pub fn shutdown(&mut self, now: Now, done: Box<dyn FnOnce()>, out: &mut Effects) {
         self.shutting_down = true;
         self.shutdown = Some(done);

@@ -1,7 +1,7 @@
 //! The client on a tokio `current_thread` runtime: [`ClientCore`] driven by the real reactor.
 //!
-//! Callbacks run after the turn in which their work ended, outside of every borrow: they may submit again, which goes out with
-//! the next turn. All that is submitted within one turn leaves with one write per socket.
+//! Callbacks run after the turn in which their work ended, outside of every borrow: they may submit again, which goes
+//! out with the next turn. All that is submitted within one turn leaves with one write per socket.
 
 use crate::config::{ClientConfig, ConnectError, OpenError, SizeRule};
 use crate::core::{ClientCore, Completion, Notice, VolumeHandle};

@@ -188,8 +188,8 @@ fn keep_identity(reactor: &Reactor<CsCore>, mut repository: Repository) {
     });
 }
 
-/// The address to tell the cluster: the one listened on, or, when that is any address, the one that reaches the metadata
-/// servers.
+/// The address to tell the cluster: the one listened on, or, when that is any address, the one that reaches the
+/// metadata servers.
 fn announced_address(listener: &TcpListener, mds: SocketAddr) -> io::Result<SocketAddr> {
     let mut addr = listener.local_addr()?;
     if addr.ip().is_unspecified() {

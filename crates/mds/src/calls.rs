@@ -95,8 +95,8 @@ impl Calls {
         }
     }
 
-    /// Proposals of a leader that no longer leads: each will come back as committed or dropped, nothing to do for those;
-    /// pushes have no addressee any more.
+    /// Proposals of a leader that no longer leads: each will come back as committed or dropped, nothing to do for
+    /// those; pushes have no addressee any more.
     pub fn lost_leadership(&mut self, effects: &mut Effects) {
         // Sessions follow the leader: closing their links makes them look for it at once.
         for (_, link) in std::mem::take(&mut self.sessions) {

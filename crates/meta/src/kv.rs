@@ -41,7 +41,8 @@ pub trait Kv: BaseKv {
 /// Longest key kept inside [`Key`].
 const KEY_INLINE_MAX: usize = 30;
 
-/// A key of a [`MemKv`]. Nearly all are short enough to lie inside, so that a search compares them without a cache miss each.
+/// A key of a [`MemKv`]. Nearly all are short enough to lie inside, so that a search compares them without a cache miss
+/// each.
 #[derive(Clone)]
 enum Key {
     /// Length and bytes.

@@ -1,9 +1,9 @@
 //! Checkpoints: the state as of one group, written to new places beside the old one, then made the root.
 //!
 //! The snapshot is taken at one instant: every changed leaf and page is serialised and given a slot, and the roots are
-//! known. Writing it out goes on in the background, a bounded number of writes at a time, while groups go on. Then: flush,
-//! first superblock copy, flush, second copy. Only after the second flush may the slots of the previous checkpoint be
-//! used again. The cost of a snapshot is about 0.3 µs for each changed leaf.
+//! known. Writing it out goes on in the background, a bounded number of writes at a time, while groups go on. Then:
+//! flush, first superblock copy, flush, second copy. Only after the second flush may the slots of the previous
+//! checkpoint be used again. The cost of a snapshot is about 0.3 µs for each changed leaf.
 
 use crate::api::{Notice, StoreOutput};
 use crate::bitmap::map_page_bytes;

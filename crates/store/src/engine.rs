@@ -239,8 +239,8 @@ impl Engine {
         }
     }
 
-    /// Stops for good: a write or flush failed, so what the device holds is unknown (I12). Everything waiting fails, and
-    /// everything later too, until the store is opened anew and the log has been verified.
+    /// Stops for good: a write or flush failed, so what the device holds is unknown (I12). Everything waiting fails,
+    /// and everything later too, until the store is opened anew and the log has been verified.
     pub(crate) fn stop(&mut self, what: String, out: &mut StoreOutput) {
         if self.failed.is_some() {
             return;
@@ -267,8 +267,8 @@ impl Engine {
         self.failed = Some(what);
     }
 
-    /// Asks for leaf `number` of `chunk` on behalf of `waiter`; true when it must wait. Otherwise the leaf is pinned, or
-    /// does not exist.
+    /// Asks for leaf `number` of `chunk` on behalf of `waiter`; true when it must wait. Otherwise the leaf is pinned,
+    /// or does not exist.
     pub(crate) fn acquire_leaf(&mut self, chunk: ChunkId, number: u32, waiter: Waiter, out: &mut StoreOutput) -> bool {
         let reference = self.state.chunks.get(chunk).expect("caller checked").leaves[number as usize];
         if reference.cached != NOT_CACHED {

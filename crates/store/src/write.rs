@@ -539,12 +539,13 @@ impl Engine {
         }
     }
 
-    /// Decides whether the group being formed may grow to `slots` slots, `new_slots` more occupied ones and `leaves` more
-    /// dirty leaves.
+    /// Decides whether the group being formed may grow to `slots` slots, `new_slots` more occupied ones and `leaves`
+    /// more dirty leaves.
     ///
-    /// Two limits. Occupied slots stay below the capacity: beyond it a write is refused. And at every moment enough slots
-    /// are free for a checkpoint of everything dirty: when they run short, writes wait for the checkpoint that brings
-    /// back quarantined slots. Changes that free space may use a part of the reserve that writes may not.
+    /// Two limits. Occupied slots stay below the capacity: beyond it a write is refused. And at every moment enough
+    /// slots are free for a checkpoint of everything dirty: when they run short, writes wait for the checkpoint
+    /// that brings back quarantined slots. Changes that free space may use a part of the reserve that writes may
+    /// not.
     fn admit(&self, privileged: bool, slots: u64, new_slots: u64, leaves: u64) -> Admission {
         if !privileged && new_slots > 0 && self.state.occupied() + self.inflight_new + new_slots > self.capacity() {
             return Admission::Full;
@@ -590,7 +591,8 @@ impl Engine {
             session: self.formed.session,
             previous: self.formed.header_checksum,
             flushed_through: self.durable,
-            // What an earlier session left may be in a cache that a failed flush gave up: the first group claims nothing.
+            // What an earlier session left may be in a cache that a failed flush gave up: the first group claims
+            // nothing.
             generation: if self.is_opening() { 0 } else { self.generation },
             next: self.state.space.current,
             after: self.state.space.after,
@@ -674,8 +676,8 @@ struct GroupSums {
     finished: Vec<Mutation>,
 }
 
-/// How many blocks of a mutation go into a group with `room` bytes left, and the bytes its record takes. None: the record
-/// has no blocks, or nothing fits.
+/// How many blocks of a mutation go into a group with `room` bytes left, and the bytes its record takes. None: the
+/// record has no blocks, or nothing fits.
 fn piece_of(mutation: &Mutation, room: usize) -> (Option<u32>, usize) {
     let left = mutation.count - mutation.formed;
     match &mutation.change {

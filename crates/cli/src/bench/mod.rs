@@ -1,7 +1,7 @@
 //! `cairn bench`: drives a volume through the client library and, in the same run, measures what the machine could do.
 //!
-//! Every figure stands beside its baseline, because machines are noisy: the raw disk through io_uring with O_DIRECT and the
-//! loopback round trip. `--suite core` runs every line of the performance targets in `docs/performance.md`.
+//! Every figure stands beside its baseline, because machines are noisy: the raw disk through io_uring with O_DIRECT and
+//! the loopback round trip. `--suite core` runs every line of the performance targets in `docs/performance.md`.
 
 pub mod baseline;
 pub mod cpu;

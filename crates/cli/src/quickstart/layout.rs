@@ -169,7 +169,8 @@ impl Layout {
         self.dir.join("log").join(format!("{label}.log"))
     }
 
-    /// Draws a password and derives the cluster key from it. The password is kept beside the key, for `auth-node` elsewhere.
+    /// Draws a password and derives the cluster key from it. The password is kept beside the key, for `auth-node`
+    /// elsewhere.
     pub fn new_key(&self) -> Result<ClusterKey> {
         let random: [u8; 16] = cairn_env_real::random_bytes();
         let password = HostId(random).to_string();

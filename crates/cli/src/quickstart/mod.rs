@@ -1,7 +1,8 @@
 //! `cairn quickstart`: a whole cluster on this machine in seconds, made of the daemons an operator starts by hand.
 //!
-//! Three metadata servers, four chunk servers (each its own failure domain), a mount and an NBD export of the volume `demo`.
-//! With a command after `--` it runs the command against the cluster, stops the cluster and exits with the command's status.
+//! Three metadata servers, four chunk servers (each its own failure domain), a mount and an NBD export of the volume
+//! `demo`. With a command after `--` it runs the command against the cluster, stops the cluster and exits with the
+//! command's status.
 
 mod children;
 mod layout;
@@ -114,7 +115,8 @@ fn start_servers(layout: &Layout, context: &Context, children: &mut Children<'_>
     Ok(())
 }
 
-/// Waits, on one session, until every metadata server votes and every chunk server is active; then makes the demo volume.
+/// Waits, on one session, until every metadata server votes and every chunk server is active; then makes the demo
+/// volume.
 fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &children::StopFlag) -> Result<()> {
     let begun = now();
     context.block_on(async |client| {
@@ -127,7 +129,9 @@ fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &child
                 Ok(MdsReply::Stat(stat)) if is_whole(&stat) => break,
                 Ok(MdsReply::Stat(stat)) if begun.elapsed() > START_DEADLINE => {
                     let (mds, cs) = (stat.mds.iter().filter(|m| m.voter).count(), active(&stat));
-                    bail!("only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs");
+                    bail!(
+                        "only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs"
+                    );
                 }
                 Ok(MdsReply::Stat(_)) => {}
                 Ok(other) => return Err(unexpected(&other)),

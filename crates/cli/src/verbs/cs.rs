@@ -16,7 +16,8 @@ pub struct MakeCsArgs {
     /// Directory on the disk to use; created if missing.
     #[arg(short = 'r', value_name = "DIR")]
     repository: PathBuf,
-    /// Address to listen on, `IP[:PORT]`; by default the address the metadata servers are reached from and any free port.
+    /// Address to listen on, `IP[:PORT]`; by default the address the metadata servers are reached from and any free
+    /// port.
     #[arg(short = 'a', value_name = "ADDR")]
     addr: Option<String>,
     /// Tier, 0 to 3.

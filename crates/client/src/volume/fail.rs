@@ -1,8 +1,8 @@
 //! Servers and copies that fail (rule 3).
 //!
 //! A failed server is taken out of every replica set of the volume by one call to the metadata servers. What the answer
-//! changes is raised on the remaining replicas; then writes under way count the new sets. Where the server held the last
-//! current copy nothing changes, and its requests wait for its return.
+//! changes is raised on the remaining replicas; then writes under way count the new sets. Where the server held the
+//! last current copy nothing changes, and its requests wait for its return.
 
 use super::{Fence, Volume, VolumeCall};
 use crate::io::Ctx;

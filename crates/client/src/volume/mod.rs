@@ -37,8 +37,8 @@ use std::collections::VecDeque;
 use tracker::Tracker;
 use write::Part;
 
-/// How soon a lease that somebody else holds is asked for again, at first; then twice as long each time. A holder that only
-/// read, or has closed the file, gives it back within milliseconds.
+/// How soon a lease that somebody else holds is asked for again, at first; then twice as long each time. A holder that
+/// only read, or has closed the file, gives it back within milliseconds.
 const ACQUIRE_AGAIN: Duration = Duration::from_millis(5);
 /// And at most. Each attempt is a command in the metadata servers' log.
 const ACQUIRE_AGAIN_MAX: Duration = Duration::from_millis(200);
@@ -315,8 +315,8 @@ impl Volume {
         self.virgin = grant.servers.is_empty() && grant.clean;
         self.state = State::Fencing;
         self.last_traffic = ctx.io.now;
-        // The first number stands for the opening itself: no mark above zero, and so no tail of an earlier epoch dropped at a
-        // server, before the opening has ended.
+        // The first number stands for the opening itself: no mark above zero, and so no tail of an earlier epoch
+        // dropped at a server, before the opening has ended.
         self.opening_sequence = self.tracker.issue(u64::MAX, 0);
         for cs in grant.servers {
             let slot = self.slot_of(ctx, cs);
@@ -582,7 +582,8 @@ impl Volume {
         }
     }
 
-    /// The front end or the metadata servers changed the size. Shrinking forgets the map past the end: those chunks are gone.
+    /// The front end or the metadata servers changed the size. Shrinking forgets the map past the end: those chunks are
+    /// gone.
     pub(crate) fn set_size(&mut self, size: u64) {
         let shrunk = size < self.size;
         self.size = size;

@@ -1,8 +1,8 @@
 //! One read at a replica (rules 10 and 11), and the mapped ranges of a chunk.
 //!
-//! A replica that cannot answer well is remembered with what it said and the next one is asked. When the lease is not known to
-//! be alive by the clock, the other current replicas are asked in the same round trip to confirm that our epoch is still the
-//! highest; a hole, which no replica holds, is confirmed by every server of the volume.
+//! A replica that cannot answer well is remembered with what it said and the next one is asked. When the lease is not
+//! known to be alive by the clock, the other current replicas are asked in the same round trip to confirm that our
+//! epoch is still the highest; a hole, which no replica holds, is confirmed by every server of the volume.
 
 use super::map::Entry;
 use super::write::{Body, Part};
@@ -180,7 +180,8 @@ impl Volume {
         if entry.current().count() == 0 {
             self.retry_read(ctx, id);
         } else if said(DataStatus::NoSuchChunk) == bad.len() {
-            // Allocated and never written: all current replicas agree that there is nothing, and all were asked at our epoch.
+            // Allocated and never written: all current replicas agree that there is nothing, and all were asked at our
+            // epoch.
             let zeros = ctx.zeros.slice(0, count as usize * BLOCK_SIZE);
             self.finish_part(ctx, id, Ok(Some(zeros)));
         } else {
@@ -232,7 +233,8 @@ impl Volume {
                 chunk.ready = false;
             }
             DataStatus::VersionMismatch if detail == entry.version => {
-                // The entry was renewed while the read was under way, or the copy is being rebuilt: look again in a moment.
+                // The entry was renewed while the read was under way, or the copy is being rebuilt: look again in a
+                // moment.
                 self.retry_read(ctx, id);
                 return;
             }

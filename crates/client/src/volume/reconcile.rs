@@ -1,9 +1,10 @@
 //! Making replicas equal again (rules 7 and 8): after a lease was taken over uncleanly, and after a server restarted.
 //!
-//! Stages: *drain* what is under way; ask the servers for their *tails*; find the chunks the tails name in the *map*; *prepare*
-//! them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of the current
-//! replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only then the settled mark
-//! moves and the volume goes on. Should anything fail on the way it begins again: every step can be repeated.
+//! Stages: *drain* what is under way; ask the servers for their *tails*; find the chunks the tails name in the *map*;
+//! *prepare* them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of
+//! the current replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only
+//! then the settled mark moves and the volume goes on. Should anything fail on the way it begins again: every step can
+//! be repeated.
 
 use super::map::Entry;
 use super::ops::{Done, Kind};

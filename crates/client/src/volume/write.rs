@@ -321,8 +321,8 @@ impl Volume {
         self.drive(ctx, index);
     }
 
-    /// Every current replica was asked and some have no such chunk: if none has it, it was allocated and never created, so it is
-    /// created now; otherwise those without it have lost it.
+    /// Every current replica was asked and some have no such chunk: if none has it, it was allocated and never created,
+    /// so it is created now; otherwise those without it have lost it.
     fn check_missing(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let Some(part) = self.parts.get(id) else { return };
         let index = part.index;

@@ -1,5 +1,5 @@
-//! A small world in virtual time: real chunk servers over simulated disks, the real metadata state machine behind a thin
-//! server, clients; links are queues with delays.
+//! A small world in virtual time: real chunk servers over simulated disks, the real metadata state machine behind a
+//! thin server, clients; links are queues with delays.
 
 use cairn_client::{ClientCore, Completion, CoreConfig, Notice, OnNoSpace, OpenError, SizeRule, VolumeHandle};
 use cairn_cs::{CsConfig, CsCore};

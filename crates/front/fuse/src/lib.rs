@@ -1,8 +1,8 @@
 //! The FUSE front end: a cluster's namespace as a file system of this host.
 //!
 //! [`mount()`] joins the kernel to a client. `kernel` turns requests into jobs on the client's
-//! thread, `core` holds the state of one mount there, `files` the leases of open files (its invariants F1–F3 are the heart
-//! of this crate), `ops_*` one operation each. What users need to know stands in `docs/guide/mount.md`.
+//! thread, `core` holds the state of one mount there, `files` the leases of open files (its invariants F1–F3 are the
+//! heart of this crate), `ops_*` one operation each. What users need to know stands in `docs/guide/mount.md`.
 //!
 //! Invariants: no session thread ever waits for another; no lock is held across I/O; a reply is sent exactly once, from
 //! the completion of what it answers.

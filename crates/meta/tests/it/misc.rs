@@ -129,8 +129,8 @@ fn mad_calls_keep_every_sum_and_index() {
     }
 }
 
-/// The same log gives the same state: applied at once, after a reload in the middle, and over an overlay that is frozen,
-/// flushed and torn down at random.
+/// The same log gives the same state: applied at once, after a reload in the middle, and over an overlay that is
+/// frozen, flushed and torn down at random.
 #[test]
 fn one_log_one_state() {
     for seed in 0..12 {

@@ -1,5 +1,5 @@
-//! Format version 1, byte by byte: `tests/golden/store_v1.txt` holds the disk after a fixed script. A change of this file
-//! is a change of the format: it needs a new version. `CAIRN_GOLDEN=write` makes the file anew.
+//! Format version 1, byte by byte: `tests/golden/store_v1.txt` holds the disk after a fixed script. A change of this
+//! file is a change of the format: it needs a new version. `CAIRN_GOLDEN=write` makes the file anew.
 
 use crate::harness::*;
 use cairn_env_sim::SimDisk;

@@ -1,7 +1,7 @@
 //! A cluster in one thread: the real metadata state machine, volumes in memory. Several mounts can share it.
 //!
-//! Answers come late and out of order by chance, as they do over a network; the order in which operations take effect is
-//! the order in which they were submitted.
+//! Answers come late and out of order by chance, as they do over a network; the order in which operations take effect
+//! is the order in which they were submitted.
 
 use cairn_env::block::{BlockDone, BlockError, BlockOp, BlockReply, BlockResult, Extent};
 use cairn_env::{Buf, BufMut};
