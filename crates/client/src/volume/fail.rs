@@ -43,6 +43,8 @@ impl Volume {
 
     /// The server runs anew: what it had not flushed may be gone (rule 7).
     fn on_restarted(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
+        // It may have forgotten the settled mark, which is no loss but work for the next holder: tell it again.
+        self.server_mut(slot).told = 0;
         // Writes under way that it had answered may be gone too: they are simply sent again.
         for id in self.forget_answers(slot) {
             self.send_unsent(ctx, id);
@@ -55,17 +57,13 @@ impl Volume {
         self.tracker.freeze(slot);
         self.hold_flushes(ctx, slot);
         self.begin_reconcile(ctx);
+        self.skip_internal_flush(ctx, slot);
     }
 
     fn on_unreachable(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
         let (key, number) = (self.key, self.server(slot).number);
         let mine: Vec<Owner> = ctx.servers.owners(number).into_iter().filter(|o| o.place().0 == key).collect();
-        let settles =
-            |owner: &Owner| matches!(owner, Owner::Call { volume, call: CallFor::Settle, .. } if *volume == key);
-        let given_up = ctx.servers.take_back(number, settles).len() as u32;
-        if given_up > 0 {
-            self.settles_unanswered = self.settles_unanswered.saturating_sub(given_up);
-        }
+        self.give_up_settles(ctx, slot);
         let needed = mine.iter().any(|owner| match owner {
             Owner::Write { .. } | Owner::Flush { .. } | Owner::Confirm { .. } => true,
             Owner::Call { call, .. } => matches!(call, CallFor::Fence | CallFor::Prepare { .. } | CallFor::Tail),
@@ -84,6 +82,15 @@ impl Volume {
             }
             self.move_reads(ctx, slot);
         }
+    }
+
+    /// A settled mark that does not arrive is no loss: the next holder settles what is left.
+    fn give_up_settles(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
+        let (key, number) = (self.key, self.server(slot).number);
+        let settles =
+            |owner: &Owner| matches!(owner, Owner::Call { volume, call: CallFor::Settle, .. } if *volume == key);
+        let given_up = ctx.servers.take_back(number, settles).len() as u32;
+        self.settles_unanswered = self.settles_unanswered.checked_sub(given_up).expect("each settle is counted");
     }
 
     /// Takes a server out of all replica sets of the volume.
@@ -178,6 +185,7 @@ impl Volume {
     fn go_on_without(&mut self, ctx: &mut Ctx<'_>, slot: u16, mut touched: Vec<u64>) {
         let key = self.key;
         self.move_reads(ctx, slot);
+        self.give_up_settles(ctx, slot);
         let server = self.server_mut(slot);
         server.failing = false;
         server.excused = true;

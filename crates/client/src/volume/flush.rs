@@ -143,6 +143,15 @@ impl Volume {
         ctx.servers.cancel(number, |owner| matches!(owner, Owner::Flush { volume, .. } if *volume == key));
     }
 
+    /// The flush of a reconciliation that will be followed by another does not wait for the server that restarted.
+    pub(super) fn skip_internal_flush(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
+        for id in self.flush_ops() {
+            if self.ops.get(&id).is_some_and(|op| op.internal) {
+                self.flushed(ctx, id, slot);
+            }
+        }
+    }
+
     /// Upkeep of a volume without traffic.
     pub(super) fn settle_if_idle(&mut self, ctx: &mut Ctx<'_>) {
         if self.state != State::Open || self.paused || ctx.io.now.saturating_since(self.last_traffic) < IDLE_AFTER {

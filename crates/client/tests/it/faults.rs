@@ -341,3 +341,146 @@ fn random_faults_lose_nothing() {
         }
     }
 }
+
+/// What a block may hold: one value, or after the death of a client one of several.
+#[derive(Clone, Debug)]
+struct Block {
+    settled: u8,
+    /// Submitted and unanswered, in order.
+    pending: Vec<(u64, u8)>,
+}
+
+/// Many operations in flight, everything fails at random, clients die and are taken over from.
+#[test]
+fn concurrent_operations_survive_random_faults_and_take_overs() {
+    const BLOCKS: u64 = 40;
+    let one: Option<u64> = std::env::var("SEED").ok().and_then(|text| text.parse().ok());
+    let many = std::env::var("SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(25);
+    for seed in one.map_or(1000..1000 + many, |seed| seed..seed + 1) {
+        eprintln!("seed {seed}");
+        let (mut world, mut client, volume, mut handle) = ready(seed, 4);
+        let mut rng = Rng::new(seed * 77);
+        let mut blocks = vec![Block { settled: 0, pending: Vec::new() }; BLOCKS as usize];
+        let mut reads: Vec<(u64, u64, u8)> = Vec::new();
+        let mut flushes: Vec<u64> = Vec::new();
+        let mut down: Option<usize> = None;
+        for step in 0..220u64 {
+            let dice = rng.below(40);
+            world.log.push(format!("{:.6} step {step} dice {dice} down {down:?}", world.now as f64 / 1e9));
+            match dice {
+                0 if down.is_none() => {
+                    let server = 1 + rng.below(4) as usize;
+                    if rng.chance(1, 2) { world.kill(server) } else { world.power_cut(server) }
+                    if rng.chance(1, 2) { world.start_cs(server) } else { down = Some(server) }
+                }
+                1 | 2 => {
+                    if let Some(server) = down.take() {
+                        world.start_cs(server);
+                        world.run_for(25 * SECOND);
+                    }
+                }
+                3 => {
+                    let server = 1 + rng.below(4) as usize;
+                    world.reset(client, server);
+                }
+                4 => world.reset(client, 0),
+                5 if down.is_none() => {
+                    let server = 1 + rng.below(4) as usize;
+                    world.partition(client, server, true);
+                    let held = rng.below(5 * SECOND);
+                    world.run_for(held);
+                    world.partition(client, server, false);
+                    world.run_for(25 * SECOND);
+                }
+                6 => {
+                    let held = rng.below(2 * SECOND);
+                    world.pause(client, true);
+                    world.run_for(held);
+                    world.pause(client, false);
+                }
+                7 => flushes.push(world.submit(client, handle, BlockOp::Flush)),
+                8 if step > 100 && rng.chance(1, 2) => {
+                    world.kill(client);
+                    client = world.add_client();
+                    handle = world.open(client, volume);
+                    reads.clear();
+                    flushes.clear();
+                    for (at, block) in blocks.iter_mut().enumerate() {
+                        let answered = |token: &u64| world.outcomes.borrow().blocks.contains_key(token);
+                        // Whatever was acknowledged is the floor; anything submitted after it may have happened.
+                        let floor = block.pending.iter().rposition(|(token, _)| answered(token));
+                        let mut may: Vec<u8> = block.pending.iter().skip(floor.unwrap_or(0)).map(|p| p.1).collect();
+                        if floor.is_none() {
+                            may.push(block.settled);
+                        }
+                        let data = world.read(client, handle, at as u64 * 40_960, 4096).unwrap();
+                        let log = || world.log.join("\n");
+                        assert!(data.iter().all(|b| *b == data[0]), "seed {seed} torn\n{}", log());
+                        assert!(may.contains(&data[0]), "seed {seed} block {at}: {} not in {may:?}\n{}", data[0], log());
+                        *block = Block { settled: data[0], pending: Vec::new() };
+                    }
+                }
+                9 => {
+                    let held = rng.below(3 * SECOND);
+                    world.run_for(held);
+                }
+                10..=24 => {
+                    let block = rng.below(BLOCKS);
+                    let state = &blocks[block as usize];
+                    let value = state.pending.last().map_or(state.settled, |p| p.1);
+                    let token = world.submit(client, handle, BlockOp::Read { offset: block * 40_960, len: 4096 });
+                    reads.push((token, block, value));
+                }
+                _ => {
+                    let block = rng.below(BLOCKS);
+                    let value = if rng.chance(1, 8) { 0 } else { (step % 250) as u8 + 1 };
+                    let (offset, fua) = (block * 40_960, rng.chance(1, 5));
+                    let op = match value {
+                        0 => BlockOp::Discard { offset, len: 4096 },
+                        _ => BlockOp::Write { offset, data: Buf::copy_from(&[value; 4096]), fua },
+                    };
+                    let token = world.submit(client, handle, op);
+                    world.log.push(format!("write block {block} value {value} token {token}"));
+                    blocks[block as usize].pending.push((token, value));
+                }
+            }
+            world.run_for(MS / 20);
+        }
+        if let Some(server) = down {
+            world.start_cs(server);
+        }
+        for (token, block, value) in reads {
+            let data = bytes_of(world.finish(token, 60 * SECOND).unwrap());
+            let log = || world.log.join("\n");
+            assert!(data.iter().all(|b| *b == value), "seed {seed} block {block}: {} not {value}\n{}", data[0], log());
+        }
+        flushes.into_iter().for_each(|token| drop(world.finish(token, 60 * SECOND).unwrap()));
+        for block in &mut blocks {
+            for (token, value) in std::mem::take(&mut block.pending) {
+                world.finish(token, 60 * SECOND).unwrap();
+                block.settled = value;
+            }
+        }
+        world.flush(client, handle);
+        // Everything loses power at once; what was flushed is there.
+        world.run_for(20 * SECOND);
+        for server in 1..=4 {
+            world.power_cut(server);
+        }
+        for server in 1..=4 {
+            world.start_cs(server);
+        }
+        for (at, block) in blocks.iter().enumerate() {
+            let data = world.read(client, handle, at as u64 * 40_960, 4096).unwrap();
+            let log = || world.log.join("\n");
+            assert!(data.iter().all(|b| *b == block.settled), "seed {seed} end {at}: {}\n{}", data[0], log());
+        }
+        // Tails that came back with the power are settled by the next holder.
+        world.close(client, handle, true);
+        handle = world.open(client, volume);
+        world.close(client, handle, true);
+        world.run_for(SECOND);
+        let tails: Vec<usize> = (1..=4).map(|s| world.cs(s, |cs| cs.store().tail(volume).count())).collect();
+        assert_eq!(tails.iter().sum::<usize>(), 0, "seed {seed}: {tails:?}\n{}", world.log.join("\n"));
+    }
+}

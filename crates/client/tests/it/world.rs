@@ -411,6 +411,9 @@ impl World {
     fn net(&mut self, place: usize, effect: NetEffect) {
         match effect {
             NetEffect::Connect { link, addr } => {
+                if self.trace {
+                    self.log.push(format!("{:.6} {place} connects to {addr}", self.now as f64 / 1e9));
+                }
                 let to = self.places.iter().position(|p| p.addr == addr).expect("an address of the world");
                 let blocked = self.cut.contains(&(place, to)) || self.cut.contains(&(to, place));
                 let incarnation = self.places[place].incarnation;
@@ -469,7 +472,7 @@ impl World {
                 type Reply = Result<cairn_wire::cs::CsReply, cairn_wire::cs::CsError>;
                 format!("{:?}", cairn_wire::decode::<Reply>("", prefix))
             }
-            _ => return,
+            kind => format!("{kind:?}"),
         };
         self.log.push(format!("{:.6} {from}->{to} #{id} {text}", self.now as f64 / 1e9));
     }
@@ -624,7 +627,8 @@ impl World {
         let end = self.now + limit;
         while !done(self) {
             if self.now > end {
-                let from = self.log.len().saturating_sub(60);
+                let tail = if self.trace { 4000 } else { 60 };
+                let from = self.log.len().saturating_sub(tail);
                 panic!("not within {} ms; the log ends with\n{}", limit / MS, self.log[from..].join("\n"));
             }
             self.next();
