@@ -4,6 +4,7 @@ pub mod checkers;
 mod net;
 pub mod planted;
 pub mod run;
+mod scenario;
 pub mod stamp;
 pub mod world;
 

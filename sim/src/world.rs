@@ -48,6 +48,8 @@ pub(crate) enum Happening {
     Connected { conn: u64 },
     /// A disk finishes one of its requests.
     Disk { node: NodeIndex, incarnation: u32, disk: u8, io: IoId },
+    /// The time a node asked for has come; void when it asked for another time since.
+    Wake { node: NodeIndex, incarnation: u32 },
     /// A wake-up of the scenario driver.
     Driver { token: u64 },
 }
@@ -322,6 +324,12 @@ impl World {
                     self.deliver(node, event);
                 }
             }
+            Happening::Wake { node, incarnation } => {
+                let state = &self.nodes[node.0];
+                if state.incarnation == incarnation && state.wake == Some(self.now) {
+                    self.deliver(node, Event::Timer);
+                }
+            }
             Happening::Disk { node, incarnation, disk, io } => {
                 if self.nodes[node.0].incarnation == incarnation && self.nodes[node.0].process.is_some() {
                     let done: Option<DiskDone> = self.nodes[node.0].disks[usize::from(disk)].complete(io);
@@ -431,7 +439,8 @@ impl World {
             let due = self.now + after;
             if self.nodes[node.0].wake.is_none_or(|wake| due < wake || wake <= self.now) {
                 self.nodes[node.0].wake = Some(due);
-                self.schedule_node(after, node, Event::Timer);
+                let incarnation = self.nodes[node.0].incarnation;
+                self.schedule(after, Happening::Wake { node, incarnation });
             }
         }
         if let Some(why) = effects.fatal.take() {
