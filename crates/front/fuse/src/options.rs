@@ -87,7 +87,7 @@ pub enum MountArgsError {
         expected: &'static str,
     },
     /// An option nobody knows.
-    #[error("unknown mount option `{option}`; see `man cairn-mount` for those there are")]
+    #[error("unknown mount option `{option}`; docs/guide/mount.md lists those there are")]
     Option {
         /// The option.
         option: String,
