@@ -246,9 +246,13 @@ impl Volume {
         let (epoch, settled) = (self.epoch, self.tracker.settled());
         let opening = self.state == State::Fencing;
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
-        // What is settled may linger in tails; it is equal everywhere.
-        for tail in reconcile.tails.values_mut() {
-            tail.retain(|entry| entry.epoch != epoch || entry.sequence.0 > settled);
+        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within our own
+        // lease that is everything of older epochs too: keeping an old write of a block while dropping the newer one that
+        // settled would roll the block back.
+        if !opening {
+            for tail in reconcile.tails.values_mut() {
+                tail.retain(|entry| (entry.epoch, entry.sequence) > (epoch, Sequence(settled)));
+            }
         }
         reconcile.unresolved = reconcile.tails.values().flatten().map(|entry| entry.chunk).collect();
         let mut indexes: Vec<u64> = self.chunk_order.iter().copied().collect();
