@@ -6,7 +6,7 @@ use cairn_consensus::ProposeError;
 use cairn_meta::{Command, Recipient};
 use cairn_stdx::FixedMap;
 use cairn_types::{ClientId, CsId, NodeId};
-use cairn_wire::mds::{Call, MdsError, MdsReply, MdsRequest, Push};
+use cairn_wire::mds::{Call, ClusterHealth, MdsError, MdsReply, MdsRequest, Push};
 use cairn_wire::{Effects, FrameKind, LinkId, Now};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -226,11 +226,21 @@ impl<B: Base> MdsCore<B> {
         match answer {
             Ok(MdsReply::Stat(stat)) => {
                 stat.leader = leader;
+                stat.mds_silent = self.silent_peers();
+                if !stat.mds_silent.is_empty() && stat.health == ClusterHealth::Healthy {
+                    stat.health = ClusterHealth::Degraded;
+                }
                 self.duty.freshen(&mut stat.cs);
             }
             Ok(MdsReply::Topology { cs, .. }) => self.duty.freshen(cs),
             _ => {}
         }
+    }
+
+    /// Metadata servers that have not answered this leader lately; a follower cannot tell.
+    fn silent_peers(&self) -> Vec<cairn_types::MdsId> {
+        let peers = self.consensus.status().peers;
+        peers.iter().filter(|peer| self.leading && !peer.active && peer.id != self.config.id).map(|peer| peer.id).collect()
     }
 
     fn own_status(&self) -> MdsReply {

@@ -71,6 +71,7 @@ impl<K: Kv> Meta<K> {
             chunks: self.globals.counts,
             mds: self.members().collect(),
             leader: None,
+            mds_silent: Vec::new(),
             cs: self.cs_infos(),
             clients: clients
                 .map(|(client, session)| SessionInfo {

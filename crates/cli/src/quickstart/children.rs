@@ -140,8 +140,7 @@ impl<'a> Children<'a> {
     /// Waits until the mount point is a mount.
     pub fn wait_for_mount(&mut self, dir: &Path) -> Result<()> {
         let begun = now();
-        let wanted = format!(" {} ", dir.display());
-        while !std::fs::read_to_string("/proc/self/mounts")?.contains(&wanted) {
+        while !is_mount_point(dir) {
             self.fail_if_any_ended()?;
             if begun.elapsed() > FRONT_END_DEADLINE {
                 bail!("{} is not mounted; see {}", dir.display(), self.layout.log_file("mount").display());
@@ -207,6 +206,23 @@ impl<'a> Children<'a> {
             return Ok(());
         }
         bail!("{} did not stop within {} s and were killed", failed.join(", "), STOP_DEADLINE.as_secs())
+    }
+}
+
+/// True when something is mounted on `dir`: its device is not that of its parent.
+fn is_mount_point(dir: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path: &Path| std::fs::symlink_metadata(path).map(|meta| meta.dev()).ok();
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    device(dir).is_some() && device(dir) != device(parent)
+}
+
+/// Detaches what a mount that was killed has left behind: every access to it fails with ENOTCONN until then.
+pub fn detach_stale_mount(dir: &Path) {
+    let stale = std::fs::symlink_metadata(dir).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
+    if stale {
+        eprintln!("{} is what a killed mount left behind; detaching it", dir.display());
+        let _ = crate::verbs::mount::unmount(dir, libc::MNT_DETACH);
     }
 }
 

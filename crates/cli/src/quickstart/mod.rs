@@ -52,6 +52,7 @@ pub fn run(args: &QuickstartArgs) -> Result<i32> {
     let fresh = !Layout::exists(&args.dir);
     let layout = if fresh { Layout::create(&args.dir, args.cs_size)? } else { Layout::open(&args.dir)? };
     layout.check_ports()?;
+    children::detach_stale_mount(&layout.mount_dir());
     let context = Context::of(&layout.state.cluster, &layout.config_dir());
     let mut children = Children::new(&layout)?;
     let outcome = start_and_serve(args, &layout, &context, &mut children, &stop, fresh, begun);

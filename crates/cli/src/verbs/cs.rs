@@ -83,6 +83,11 @@ pub fn make(context: &Context, args: &MakeCsArgs) -> Result<()> {
         None => std::net::SocketAddr::new(route_to(context.mds()?[0])?, 0),
     };
     let host = args.host_id.map_or_else(|| context.host(), Ok)?;
+    let free = free_space(&args.repository).unwrap_or(u64::MAX);
+    if let Some(size) = args.size.filter(|size| args.device.is_none() && *size > free) {
+        let (size, free) = (cairn_types::format_size(size), cairn_types::format_size(free));
+        bail!("--size {size}: {} has only {free} free", args.repository.display());
+    }
     let make = MakeCs {
         dir: args.repository.clone(),
         cluster,

@@ -578,6 +578,22 @@ impl Volume {
         }
     }
 
+    /// Copies of the reconciliation that are still reading, in order.
+    pub(super) fn reading_copies(&self) -> Vec<u64> {
+        let reads = |op: &Op| op.internal && op.stage == Stage::Reading && matches!(op.kind, Kind::Copy { .. });
+        let mut ids: Vec<u64> = self.ops.iter().filter(|(_, op)| reads(op)).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Ends a copy before it writes anything.
+    pub(super) fn abandon_copy(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let parts: Vec<u64> = self.parts.iter().filter(|(_, part)| part.op == id).map(|(part, _)| part).collect();
+        for part in parts {
+            self.finish_part(ctx, part, Err(BlockError::Other("abandoned".to_owned())));
+        }
+    }
+
     /// Rewrites blocks whose copy is damaged somewhere, with what a good copy holds, under the lock of an ordinary
     /// write.
     pub(super) fn repair(&mut self, ctx: &mut Ctx<'_>, index: u64, first: u32, count: u32, good: u16) {

@@ -64,7 +64,12 @@ impl Volume {
             self.read_zeros(ctx, id, zeros, fresh);
             return;
         };
-        let Some(slot) = self.choose(ctx, &entry, &bad, &sources) else {
+        let strict = self.parts.get(id).is_some_and(|part| part.internal);
+        let Some(slot) = self.choose(ctx, &entry, &bad, &sources, strict) else {
+            if strict {
+                self.source_lost(ctx, id, &bad);
+                return;
+            }
             self.read_failed(ctx, id, &entry, &bad);
             return;
         };
@@ -151,15 +156,23 @@ impl Volume {
         self.ask_confirms(ctx, id, attempt, &slots);
     }
 
-    /// The replica to ask: one with a link, on this host, with little to do; equals take turns.
-    fn choose(&mut self, ctx: &Ctx<'_>, entry: &Entry, bad: &[(u16, DataStatus)], sources: &[u16]) -> Option<u16> {
+    /// The replica to ask: one with a link, on this host, with little to do; equals take turns. `sources` come first; with
+    /// `strict` nobody else will do.
+    fn choose(
+        &mut self,
+        ctx: &Ctx<'_>,
+        entry: &Entry,
+        bad: &[(u16, DataStatus)],
+        sources: &[u16],
+        strict: bool,
+    ) -> Option<u16> {
         self.read_cursor = self.read_cursor.wrapping_add(1);
         let count = entry.reps.len();
         let mut best: Option<((bool, bool, usize), u16)> = None;
         for turn in 0..count {
             let rep = &entry.reps[(turn + self.read_cursor) % count];
             let candidate = rep.current && !bad.iter().any(|(slot, _)| *slot == rep.slot);
-            if !candidate {
+            if !candidate || (strict && !sources.contains(&rep.slot)) {
                 continue;
             }
             let number = self.server(rep.slot).number;
@@ -171,6 +184,16 @@ impl Volume {
             }
         }
         best.map(|(_, slot)| slot)
+    }
+
+    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A holder whose copy
+    /// is damaged is taken out first, or it would win again.
+    fn source_lost(&mut self, ctx: &mut Ctx<'_>, id: u64, bad: &[(u16, DataStatus)]) {
+        let Some((_, index, ..)) = self.read_part(id) else { return };
+        for (slot, _) in bad {
+            self.fail_copy(ctx, *slot, index);
+        }
+        self.finish_part(ctx, id, Err(BlockError::Other("the source of a reconciliation is lost".to_owned())));
     }
 
     /// No replica is left to ask.
@@ -372,7 +395,7 @@ impl Volume {
             self.end_extents(ctx, id, Vec::new());
             return;
         };
-        let Some(slot) = self.choose(ctx, &entry, &[], &[]).filter(|_| tried.len() < entry.reps.len()) else {
+        let Some(slot) = self.choose(ctx, &entry, &[], &[], false).filter(|_| tried.len() < entry.reps.len()) else {
             let error = BlockError::Other(format!("no replica of chunk {index} tells its extents"));
             self.finish_part(ctx, id, Err(error));
             return;

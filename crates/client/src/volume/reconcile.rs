@@ -10,7 +10,7 @@ use super::map::Entry;
 use super::ops::{Done, Kind};
 use super::{Fence, State, Volume, VolumeCall};
 use crate::io::Ctx;
-use crate::servers::CallFor;
+use crate::servers::{CallFor, Owner};
 use crate::timers::Timer;
 use cairn_env::block::BlockError;
 use cairn_stdx::planted;
@@ -157,8 +157,8 @@ impl Volume {
     /// Pauses the volume and begins, or has the present reconciliation followed by another.
     pub(super) fn begin_reconcile(&mut self, ctx: &mut Ctx<'_>) {
         self.paused = true;
-        if let Some(reconcile) = &mut self.reconcile {
-            reconcile.again = true;
+        if self.reconcile.is_some() {
+            self.abort_reconcile(ctx);
             return;
         }
         self.reconcile = Some(Reconcile {
@@ -177,6 +177,25 @@ impl Volume {
         self.check_drained(ctx);
     }
 
+    /// A server restarted in the middle: what its tail said is not true any more. Nothing is copied by the old plan; copies
+    /// already read are written out, then all begins anew.
+    fn abort_reconcile(&mut self, ctx: &mut Ctx<'_>) {
+        let reading = self.reading_copies();
+        let Some(reconcile) = &mut self.reconcile else { return };
+        reconcile.again = true;
+        match reconcile.stage {
+            Stage::Drain | Stage::Again | Stage::Flush => {}
+            Stage::Tails | Stage::Map | Stage::Prepare => self.reconcile_again(ctx),
+            Stage::Copy => {
+                reconcile.failed = true;
+                reconcile.copies.clear();
+                for op in reading {
+                    self.abandon_copy(ctx, op);
+                }
+            }
+        }
+    }
+
     /// Goes on when nothing is under way any more.
     pub(super) fn check_drained(&mut self, ctx: &mut Ctx<'_>) {
         if self.started > 0 || !matches!(&self.reconcile, Some(r) if r.stage == Stage::Drain) {
@@ -189,6 +208,8 @@ impl Volume {
         let upto = self.tracker.last();
         let reconcile = self.reconcile.as_mut().expect("just seen");
         reconcile.stage = Stage::Tails;
+        // Every restart until here is covered by the tails asked for now.
+        reconcile.again = false;
         reconcile.upto = upto;
         reconcile.asked = slots.iter().copied().collect();
         if slots.is_empty() {
@@ -247,9 +268,13 @@ impl Volume {
         let (epoch, settled) = (self.epoch, self.tracker.settled());
         let opening = self.state == State::Fencing;
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
-        // What is settled may linger in tails; it is equal everywhere.
-        for tail in reconcile.tails.values_mut() {
-            tail.retain(|entry| entry.epoch != epoch || entry.sequence.0 > settled);
+        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within our own
+        // lease that is everything of older epochs too: keeping an old write of a block while dropping the newer one that
+        // settled would roll the block back.
+        if !opening {
+            for tail in reconcile.tails.values_mut() {
+                tail.retain(|entry| (entry.epoch, entry.sequence) > (epoch, Sequence(settled)));
+            }
         }
         reconcile.unresolved = reconcile.tails.values().flatten().map(|entry| entry.chunk).collect();
         let mut indexes: Vec<u64> = self.chunk_order.iter().copied().collect();
@@ -422,6 +447,13 @@ impl Volume {
 
     fn reconcile_again(&mut self, ctx: &mut Ctx<'_>) {
         self.pin_chunks(-1);
+        let key = self.key;
+        for server in &self.servers {
+            ctx.servers.cancel(
+                server.number,
+                |owner| matches!(owner, Owner::Call { volume, call: CallFor::Tail, .. } if *volume == key),
+            );
+        }
         let Some(reconcile) = &mut self.reconcile else { return };
         reconcile.chunks.clear();
         reconcile.stage = Stage::Again;

@@ -118,9 +118,13 @@ impl WritePart {
 impl Volume {
     /// Starts a part as soon as nothing stands in its way.
     pub(super) fn start_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        let Some(part) = self.parts.get(id) else { return };
-        let (index, started) = (part.index, part.started);
-        if self.paused && !part.internal && !started {
+        let Some(part) = self.parts.get_mut(id) else { return };
+        let index = part.index;
+        if self.paused && !part.internal && !(part.started && matches!(part.body, Body::Write(_))) {
+            // A read that has to be asked anew waits as well: who would answer may not be reconciled yet.
+            if std::mem::take(&mut part.started) {
+                self.started -= 1;
+            }
             self.held_parts.push_back(id);
             return;
         }

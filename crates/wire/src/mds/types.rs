@@ -398,6 +398,8 @@ pub struct ClusterStat {
     pub mds: Vec<MdsInfo>,
     /// The leader.
     pub leader: Option<MdsId>,
+    /// Metadata servers that do not answer the leader.
+    pub mds_silent: Vec<MdsId>,
     /// Chunk servers.
     pub cs: Vec<CsInfo>,
     /// Client sessions.
