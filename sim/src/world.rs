@@ -524,10 +524,6 @@ fn digest_of(event: &Event) -> u64 {
 
 impl Conn {
     pub(crate) fn end(&self, acceptor_side: bool) -> Option<(NodeIndex, LinkId)> {
-        if acceptor_side {
-            self.accepted.map(|link| (self.acceptor_node, link))
-        } else {
-            Some(self.initiator)
-        }
+        if acceptor_side { self.accepted.map(|link| (self.acceptor_node, link)) } else { Some(self.initiator) }
     }
 }
