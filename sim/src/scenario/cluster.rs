@@ -248,7 +248,6 @@ impl Cluster {
         self.world.start(node, Box::new(ClientCore::new(config, rng)));
     }
 
-
     pub fn is_running(&self, node: NodeIndex) -> bool {
         self.world.nodes[node.0].process.is_some()
     }

@@ -238,14 +238,17 @@ impl Scenario {
             }
             self.cluster.world.power_cut(node);
         }
-        let disturbed_since = |at: u64| which.iter().any(|&index| self.faults.disturbed[index].is_some_and(|d| d >= at));
+        let disturbed_since =
+            |at: u64| which.iter().any(|&index| self.faults.disturbed[index].is_some_and(|d| d >= at));
         let losers: Vec<CsId> = (0..self.cluster.cs.len())
             .filter(|&index| {
-                self.faults.lost_power[index].is_some_and(|at| now - at <= TOGETHER || disturbed_since(at.saturating_sub(TOGETHER)))
+                self.faults.lost_power[index]
+                    .is_some_and(|at| now - at <= TOGETHER || disturbed_since(at.saturating_sub(TOGETHER)))
             })
             .filter_map(|index| self.cluster.cs[index].id)
             .collect();
-        let lost = self.faults.sets.values().any(|(_, set)| !set.is_empty() && set.iter().all(|cs| losers.contains(cs)));
+        let lost =
+            self.faults.sets.values().any(|(_, set)| !set.is_empty() && set.iter().all(|cs| losers.contains(cs)));
         if lost {
             self.cluster.world.note(format_args!("an era ends: {losers:?} lost power"));
             self.faults.lost_power.fill(None);

@@ -17,16 +17,47 @@ use std::collections::BTreeMap;
 pub(super) enum Kind {
     /// A call of the setup.
     Setup,
-    Open { volume: usize },
-    Close { volume: usize },
-    Read { volume: usize, op: OpId, first: u64 },
-    Write { volume: usize, op: OpId, first: u64, values: Vec<u64>, durable: bool },
-    CompareAndWrite { volume: usize, op: OpId, first: u64, old: u64, new: u64 },
-    Flush { volume: usize },
-    Extents { volume: usize },
-    Create { name: String },
-    Rename { from: String, to: String },
-    Unlink { name: String },
+    Open {
+        volume: usize,
+    },
+    Close {
+        volume: usize,
+    },
+    Read {
+        volume: usize,
+        op: OpId,
+        first: u64,
+    },
+    Write {
+        volume: usize,
+        op: OpId,
+        first: u64,
+        values: Vec<u64>,
+        durable: bool,
+    },
+    CompareAndWrite {
+        volume: usize,
+        op: OpId,
+        first: u64,
+        old: u64,
+        new: u64,
+    },
+    Flush {
+        volume: usize,
+    },
+    Extents {
+        volume: usize,
+    },
+    Create {
+        name: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
+    Unlink {
+        name: String,
+    },
 }
 
 /// An operation in flight.
@@ -195,11 +226,8 @@ impl Scenario {
         let SimVolume { units, unit } = self.geometry(volume);
         let rng = &mut self.loads[client].rng;
         let hot = [0, (1 << 20) / unit - 3, units / 2 + 1, units - 8];
-        let first = if rng.chance(4, 5) {
-            hot[rng.below(hot.len() as u64) as usize] + rng.below(4)
-        } else {
-            rng.below(units)
-        };
+        let first =
+            if rng.chance(4, 5) { hot[rng.below(hot.len() as u64) as usize] + rng.below(4) } else { rng.below(units) };
         let first = first.min(units - 1);
         let count = if rng.chance(1, 30) { rng.range(1, 300) } else { rng.range(1, 9) };
         (first, count.min(units - first))
@@ -335,8 +363,12 @@ impl Scenario {
         load.holds[volume] = match result {
             Ok(handle) => Hold::Open(handle),
             Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
-            Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => Hold::Closed,
-            Err(error) => return Err(broken(Invariant::I17, format!("client {client} opens volume {volume}: {error}"))),
+            Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => {
+                Hold::Closed
+            }
+            Err(error) => {
+                return Err(broken(Invariant::I17, format!("client {client} opens volume {volume}: {error}")));
+            }
         };
         Ok(())
     }

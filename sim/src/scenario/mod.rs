@@ -14,8 +14,8 @@ mod verify;
 use crate::checkers::shadow::{Broken, Invariant, Shadow};
 use crate::run::{Options, Outcome};
 use crate::world::{MS, SECOND};
-use cairn_client::{Completion, Notice, OpenError, VolumeHandle};
 use cairn_client::ClientCore;
+use cairn_client::{Completion, Notice, OpenError, VolumeHandle};
 use cairn_env::block::BlockResult;
 use cairn_stdx::Rng;
 use cairn_wire::mds::{MdsError, MdsReply, VolumeInfo};
@@ -175,7 +175,9 @@ impl Scenario {
         let stuck: Vec<String> = self
             .pending
             .values()
-            .map(|op| format!("client {} for {:.1} s: {:?}", op.client, (now - op.since) as f64 / SECOND as f64, op.kind))
+            .map(|op| {
+                format!("client {} for {:.1} s: {:?}", op.client, (now - op.since) as f64 / SECOND as f64, op.kind)
+            })
             .collect();
         let detail = format!("{what}: not within {} s\n{}\n{}", at_most / SECOND, stuck.join("\n"), self.situation());
         Err(broken(Invariant::I17, detail))
@@ -205,9 +207,10 @@ impl Scenario {
         }
         for index in 0..self.cluster.mds.len() {
             let node = self.cluster.mds[index].node;
-            let seen = self.cluster.world.inspect::<SimMds, _>(node, |core| {
-                (core.meta().applied_index(), core.meta().state_hash())
-            });
+            let seen = self
+                .cluster
+                .world
+                .inspect::<SimMds, _>(node, |core| (core.meta().applied_index(), core.meta().state_hash()));
             let Some((applied, digest)) = seen else { continue };
             let (first, known) = *self.digests.entry(applied).or_insert((index, digest));
             if known != digest {

@@ -30,9 +30,10 @@ impl Scenario {
             self.wait("a metadata server joins", STEP_MAX, |s| {
                 let count = s.cluster.mds.len();
                 s.cluster.mds.iter().map(|mds| mds.node).collect::<Vec<_>>().into_iter().all(|node| {
-                    let voters = s.cluster.world.inspect::<SimMds, _>(node, |core| {
-                        core.consensus().status().members.voters.len()
-                    });
+                    let voters = s
+                        .cluster
+                        .world
+                        .inspect::<SimMds, _>(node, |core| core.consensus().status().members.voters.len());
                     voters == Some(count)
                 })
             })?;
@@ -42,11 +43,9 @@ impl Scenario {
         }
         self.wait("chunk servers register", STEP_MAX, |s| s.cluster.cs.iter().all(|cs| cs.id.is_some()))?;
         if let Some(seconds) = self.plan.offline_after {
-            for (key, value) in [
-                ("mds.wd.offline_tout", seconds),
-                ("mds.wd.max_offline_cs", 0),
-                ("mds.wd.max_offline_cs_hosts", 0),
-            ] {
+            for (key, value) in
+                [("mds.wd.offline_tout", seconds), ("mds.wd.max_offline_cs", 0), ("mds.wd.max_offline_cs_hosts", 0)]
+            {
                 let request = MdsRequest::ConfigSet { key: key.to_owned(), value: value.to_string() };
                 self.call_and_wait(request)?;
             }

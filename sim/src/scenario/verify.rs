@@ -8,7 +8,7 @@ use cairn_client::ClientCore;
 use cairn_cs::CsCore;
 use cairn_env_sim::SimDisk;
 use cairn_store::{ReadData, Store, StoreOptions, StoreOutput, StoreReply, StoreRequest};
-use cairn_types::{ChunkId, CsId, Instant, InodeId};
+use cairn_types::{ChunkId, CsId, InodeId, Instant};
 use cairn_wire::mds::{ChunkEntry, MdsReply, MdsRequest, ReplicaRole};
 use std::collections::BTreeMap;
 
@@ -157,12 +157,15 @@ impl Scenario {
             let mut first: Option<(CsId, ReadData)> = None;
             for replica in entry.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current) {
                 let Some(store) = stores.get_mut(&replica.cs) else { continue };
-                let data = store.read_chunk(entry.chunk).map_err(|why| broken(Invariant::I8, format!("{}: {why}", replica.cs)))?;
+                let data = store
+                    .read_chunk(entry.chunk)
+                    .map_err(|why| broken(Invariant::I8, format!("{}: {why}", replica.cs)))?;
                 match (&first, data) {
                     (None, data) => first = data.map(|data| (replica.cs, data)),
                     (Some((other, expected)), Some(data)) if data.checksums != expected.checksums => {
                         let at = data.checksums.iter().zip(&expected.checksums).position(|(a, b)| a != b);
-                        let detail = format!("{} differs between {other} and {} at block {at:?}", entry.chunk, replica.cs);
+                        let detail =
+                            format!("{} differs between {other} and {} at block {at:?}", entry.chunk, replica.cs);
                         return Err(broken(Invariant::I8, detail));
                     }
                     (Some((other, expected)), None) if expected.mapped.iter().any(|mapped| *mapped) => {
