@@ -172,6 +172,7 @@ fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Child
         return Ok(false);
     }
     let mount = layout.mount_dir();
+    children::take_away_dead_mount(&mount)?;
     children.start_front_end("mount", &["mount", "--foreground", &mount.display().to_string()])?;
     children.wait_for_mount(&mount)?;
     Ok(true)
