@@ -175,7 +175,7 @@ fn attributes(node: &Node) {
         "there is no attribute `colour`",
     );
     node.cairn(&["set-attr", "-p", "/", "replicas=99"]).must_fail("too many copies", 2, "replicas");
-    node.cairn(&["get-attr", "-p", "/nowhere"]).must_fail("a path that is not there", 1, "nowhere");
+    node.cairn(&["get-attr", "-p", "/nowhere"]).must_fail("a path that is not there", 1, "No such file");
     node.done(&["set-attr", "-p", "/", "replicas=3:2", "failure-domain=host", "tier=0"]);
 }
 
