@@ -165,7 +165,7 @@ impl Cluster {
         self.pids.lock().expect("not poisoned").clear();
     }
 
-    /// Stops the cluster as Ctrl-C does and checks that all of it ended.
+    /// Stops the cluster as Ctrl-C does, then what was started by hand, and checks that all of it ended.
     pub fn stop(&mut self) {
         let pids: Vec<u32> = self.processes().into_values().collect();
         let mut supervisor = self.supervisor.take().expect("the cluster runs");
@@ -173,6 +173,11 @@ impl Cluster {
         let status = poll("quickstart stops", Duration::from_secs(60), || supervisor.try_wait().expect("wait"));
         let log = || std::fs::read_to_string(self.dir.with_extension("log")).unwrap_or_default();
         assert!(status.success(), "quickstart ended with {status}: {}", log());
+        // Nothing needs to be told to these in order: all that used them has ended.
+        self.by_hand.iter().for_each(|(_, child)| process::signal(child.id(), libc::SIGTERM));
+        for (label, mut child) in std::mem::take(&mut self.by_hand) {
+            poll(&format!("{label} stops"), Duration::from_secs(30), || child.try_wait().expect("wait"));
+        }
         assert!(pids.iter().all(|pid| !process::is_alive(*pid)), "a daemon outlived its cluster");
         self.pids.lock().expect("not poisoned").clear();
     }

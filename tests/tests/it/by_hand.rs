@@ -150,7 +150,7 @@ fn volumes(node: &Node) {
     assert_eq!((&info["size"], &info["chunk_size"]), (&Value::from(1u64 << 30), &Value::from(4 << 20)), "{info}");
     assert_eq!(info["replicas"], "2:1", "{info}");
     node.done(&["volume", "resize", "one", "12G"]);
-    node.cairn(&["volume", "resize", "one", "11G"]).must_fail("shrinking unasked", 2, "shrinking drops");
+    node.cairn(&["volume", "resize", "one", "11G"]).must_fail("shrinking unasked", 1, "shrinking drops");
     assert_eq!(node.json(&["volume", "info", "one"])["size"], 12u64 << 30);
     node.done(&["volume", "resize", "one", "11G", "--shrink"]);
     node.done(&["volume", "rename", "one", "uno"]);
@@ -167,17 +167,15 @@ fn attributes(node: &Node) {
     assert_eq!(shown["replicas"], "3:2", "{shown}");
     node.done(&["set-attr", "-p", "/", "replicas=2", "failure-domain=disk", "tier=1"]);
     let shown = node.json(&["get-attr", "-p", "/"]);
-    assert_eq!(
-        (&shown["replicas"], &shown["failure_domain"], &shown["tier"]),
-        (&"2:1".into(), &"disk".into(), &1.into())
-    );
+    let wanted = [("replicas", "2:1"), ("failure-domain", "disk"), ("tier", "1")];
+    assert!(wanted.iter().all(|(name, value)| shown[*name] == *value), "{shown}");
     node.cairn(&["set-attr", "-p", "/", "colour=red"]).must_fail(
         "an unknown attribute",
         2,
         "there is no attribute `colour`",
     );
     node.cairn(&["set-attr", "-p", "/", "replicas=99"]).must_fail("too many copies", 2, "replicas");
-    node.cairn(&["get-attr", "-p", "/nowhere"]).must_fail("a path that is not there", 1, "nowhere");
+    node.cairn(&["get-attr", "-p", "/nowhere"]).must_fail("a path that is not there", 1, "No such file");
     node.done(&["set-attr", "-p", "/", "replicas=3:2", "failure-domain=host", "tier=0"]);
 }
 
@@ -239,7 +237,7 @@ fn mistakes_are_refused_with_their_reason() {
     stranger.cairn(&["stat"]).must_fail("an unknown cluster", 1, "cluster hand is not known on this host");
     let outcome = stranger.with_password(&["-c", "other", "auth-node", "-b", &addrs[0]], PASSWORD);
     assert!(matches!(outcome.code, 3 | 4), "{}", outcome.text());
-    assert!(outcome.stderr.contains("the server belongs to cluster hand, not other"), "{}", outcome.text());
+    assert!(outcome.stderr.contains("the server belongs to cluster `hand`, not `other`"), "{}", outcome.text());
     node.cairn(&["-c", "no name!", "stat"]).must_fail("a bad name", 1, "is not a cluster name");
     node.cairn(&["--mds-addr", &addrs[3], "stat"]).must_fail("nobody listens", 3, "no metadata server");
     node.cairn(&["frobnicate"]).must_fail("an unknown verb", 2, "frobnicate");
@@ -280,14 +278,18 @@ fn a_directory_of_another_cluster_is_not_taken() {
     let other = Node::new(scratch.path(), "etc-other");
     let words = ["-c", "other", "make-mds", "-I", "-p", "-a", &addrs[1], "-r", "mds-other"];
     other.with_password(&words, PASSWORD).must_succeed("make-mds -I");
-    node.cairn(&["mds", "run", "-r", "mds-other"]).must_fail("another name", 1, "belongs to cluster other");
+    let outcome = node.cairn(&["mds", "run", "-r", "mds-other"]);
+    outcome.must_fail("a server of a cluster this node does not know", 1, "cluster other is not known on this host");
     let mut again = Node::new(scratch.path(), "etc-again");
     let words = ["make-mds", "-I", "-p", "-a", &addrs[3], "-r", "mds-again"];
     again.with_password(&words, PASSWORD).must_succeed("make-mds -I");
     again.run("mds", "mds-again");
     again.wait_for("the second cluster serves", |stat| voters(stat) == 1);
-    let outcome = again.cairn(&["cs", "run", "-r", "cs1"]);
-    assert_ne!(outcome.code, 0, "a chunk server of another cluster must not run");
-    assert!(outcome.stderr.contains("cluster"), "{}", outcome.text());
+    // It goes on asking, since its own cluster may come back at this address; it is never let in.
+    again.run("cs", "cs1");
+    let log = scratch.path().join("mds-again.log");
+    poll("the server is refused", LIMIT, || {
+        std::fs::read_to_string(&log).ok()?.contains("another identity answers").then_some(())
+    });
     assert_eq!(again.stat().map(|stat| active(&stat)), Some(0));
 }

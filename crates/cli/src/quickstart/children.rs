@@ -217,13 +217,22 @@ fn is_mount_point(dir: &Path) -> bool {
     device(dir).is_some() && device(dir) != device(parent)
 }
 
-/// Detaches what a mount that was killed has left behind: every access to it fails with ENOTCONN until then.
-pub fn detach_stale_mount(dir: &Path) {
-    let stale = std::fs::symlink_metadata(dir).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
-    if stale {
-        eprintln!("{} is what a killed mount left behind; detaching it", dir.display());
-        let _ = crate::verbs::mount::unmount(dir, libc::MNT_DETACH);
+/// Takes away what a killed mount left behind: a mount point whose every use fails with ENOTCONN.
+///
+/// A mount that answers is left alone; mounting over it then fails with its own words.
+#[expect(unsafe_code, reason = "umount2(2)")]
+pub fn take_away_dead_mount(dir: &Path) -> Result<()> {
+    let is_dead = || std::fs::metadata(dir).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
+    while is_dead() {
+        let path = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes())?;
+        // SAFETY: the string ends with a zero byte and outlives the call.
+        let by_root = unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } == 0;
+        // An ordinary user may only do it through the helper that mounted it.
+        if !by_root && !Command::new("fusermount3").args(["-u", "-z"]).arg(dir).status()?.success() {
+            bail!("a mount that died is still on {}; take it away with `umount -l`", dir.display());
+        }
     }
+    Ok(())
 }
 
 #[expect(unsafe_code, reason = "kill(2)")]

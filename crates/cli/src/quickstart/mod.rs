@@ -52,7 +52,6 @@ pub fn run(args: &QuickstartArgs) -> Result<i32> {
     let fresh = !Layout::exists(&args.dir);
     let layout = if fresh { Layout::create(&args.dir, args.cs_size)? } else { Layout::open(&args.dir)? };
     layout.check_ports()?;
-    children::detach_stale_mount(&layout.mount_dir());
     let context = Context::of(&layout.state.cluster, &layout.config_dir());
     let mut children = Children::new(&layout)?;
     let outcome = start_and_serve(args, &layout, &context, &mut children, &stop, fresh, begun);
@@ -173,6 +172,7 @@ fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Child
         return Ok(false);
     }
     let mount = layout.mount_dir();
+    children::take_away_dead_mount(&mount)?;
     children.start_front_end("mount", &["mount", "--foreground", &mount.display().to_string()])?;
     children.wait_for_mount(&mount)?;
     Ok(true)

@@ -123,7 +123,7 @@ fn unmount_on_signal(mountpoint: PathBuf) -> Result<()> {
 
 /// Takes a mount away; `flags` as umount2(2) takes them.
 #[expect(unsafe_code, reason = "umount2(2)")]
-pub fn unmount(mountpoint: &std::path::Path, flags: libc::c_int) -> std::io::Result<()> {
+fn unmount(mountpoint: &std::path::Path, flags: libc::c_int) -> std::io::Result<()> {
     let path = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(mountpoint.as_os_str()))?;
     // SAFETY: a plain system call on a NUL-terminated path that outlives it.
     match unsafe { libc::umount2(path.as_ptr(), flags) } {
