@@ -1,5 +1,5 @@
-//! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, or `seeds planted NAME`.
-//! Prints every broken seed, then what was found how often.
+//! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, or `seeds planted
+//! NAME`. Prints every broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};
 use std::collections::BTreeMap;

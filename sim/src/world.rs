@@ -1,8 +1,8 @@
 //! The simulated world: nodes, links, disks and time. One thread, one seed, one trace.
 //!
-//! A node is any [`Process`] of ours, exactly as the shipped daemons run it. The world carries out its effects: links that
-//! delay, stall, break and deliver late; disks that tear, lose and fail; clocks that drift. Everything random comes from
-//! generators split off the seed, so that one more draw in one place does not reshuffle another.
+//! A node is any [`Process`] of ours, exactly as the shipped daemons run it. The world carries out its effects: links
+//! that delay, stall, break and deliver late; disks that tear, lose and fail; clocks that drift. Everything random
+//! comes from generators split off the seed, so that one more draw in one place does not reshuffle another.
 
 use crate::net::{Conn, Network};
 use cairn_env::{DiskDone, IoId};
@@ -249,7 +249,8 @@ impl World {
         let released = self.net.set_blocked(from, to, blocked);
         if blocked {
             for id in self.net.conns_between(from, to) {
-                // A stalled connection is given up by each side after some seconds of silence, as TCP_USER_TIMEOUT does.
+                // A stalled connection is given up by each side after some seconds of silence, as TCP_USER_TIMEOUT
+                // does.
                 for acceptor_side in [false, true] {
                     let after = self.rng_time.range(3 * SECOND, 12 * SECOND);
                     self.schedule(after, Happening::Broken { conn: id, acceptor_side, reason: "timed out" });

@@ -240,7 +240,11 @@ impl<B: Base> MdsCore<B> {
     /// Metadata servers that have not answered this leader lately; a follower cannot tell.
     fn silent_peers(&self) -> Vec<cairn_types::MdsId> {
         let peers = self.consensus.status().peers;
-        peers.iter().filter(|peer| self.leading && !peer.active && peer.id != self.config.id).map(|peer| peer.id).collect()
+        peers
+            .iter()
+            .filter(|peer| self.leading && !peer.active && peer.id != self.config.id)
+            .map(|peer| peer.id)
+            .collect()
     }
 
     fn own_status(&self) -> MdsReply {

@@ -1,9 +1,9 @@
 //! I1 durable, I2 true, I3 fresh and I4 ordered on blocks: the record of everything clients did, and the verdict.
 //!
 //! Every write carries a [`Stamp`]; a read is decoded back into the stamp it returned. Within one *era* (between two
-//! losses of unflushed data that redundancy cannot cover, such as a power cut of every server) histories are linearizable.
-//! At the end of an era a block may fall back, but never below its floor: the last write acknowledged before an
-//! acknowledged flush began.
+//! losses of unflushed data that redundancy cannot cover, such as a power cut of every server) histories are
+//! linearizable. At the end of an era a block may fall back, but never below its floor: the last write acknowledged
+//! before an acknowledged flush began.
 
 use super::zone::{self, BlockOp};
 use crate::stamp::Stamp;
@@ -255,8 +255,8 @@ fn check_block(ops: &[BlockOp], allowed: &[u64]) -> Result<(), (Invariant, Strin
         ops.iter().filter(|op| op.write && op.value != 0).map(|op| (op.value, *op)).collect();
     let zero_writes: Vec<BlockOp> = ops.iter().filter(|op| op.write && op.value == 0).copied().collect();
     let mut initial: Option<u64> = None;
-    // Zeros are not unique where a block was unmapped. Without the zeros a linearizable history is still one, and its other
-    // values are unique; the zeros are judged by themselves.
+    // Zeros are not unique where a block was unmapped. Without the zeros a linearizable history is still one, and its
+    // other values are unique; the zeros are judged by themselves.
     let mut unique: Vec<BlockOp> = Vec::with_capacity(ops.len());
     let mut zero_reads: Vec<BlockOp> = Vec::new();
     for op in ops {
@@ -283,8 +283,8 @@ fn check_block(ops: &[BlockOp], allowed: &[u64]) -> Result<(), (Invariant, Strin
         .map_err(|why| (Invariant::I3, why))
 }
 
-/// Zeros read must come from an unmap (or the beginning) that no later write surely replaced; other values must not be read
-/// after an unmap that surely replaced them.
+/// Zeros read must come from an unmap (or the beginning) that no later write surely replaced; other values must not be
+/// read after an unmap that surely replaced them.
 fn check_zeros(
     zero_writes: &[BlockOp],
     zero_reads: &[BlockOp],

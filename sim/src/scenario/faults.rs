@@ -1,9 +1,9 @@
 //! Faults: what breaks, for how long, and what that allows to be lost.
 //!
 //! A write that was acknowledged and not flushed may be lost only when every current replica of its chunk lost power
-//! before it was durable there. Chunk servers flush by themselves within a second, so losses far apart cannot have taken
-//! the same write. When the servers that lost power close together hold all current replicas of some chunk, the era of the
-//! shadow map ends; in every other case nothing acknowledged may be missing.
+//! before it was durable there. Chunk servers flush by themselves within a second, so losses far apart cannot have
+//! taken the same write. When the servers that lost power close together hold all current replicas of some chunk, the
+//! era of the shadow map ends; in every other case nothing acknowledged may be missing.
 
 use super::cluster::{Cluster, SimMds};
 use super::plan::FaultKind;

@@ -1,4 +1,5 @@
-//! What clients do: they fight for a few volumes, write stamped blocks to few hot places, and keep house in the namespace.
+//! What clients do: they fight for a few volumes, write stamped blocks to few hot places, and keep house in the
+//! namespace.
 
 use super::{Answer, Scenario, TOKEN_CLIENT, Verdict, broken};
 use crate::checkers::shadow::{Invariant, OpId};
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 
 /// What a client has in flight.
 #[derive(Debug)]
+#[expect(dead_code, reason = "shown when an operation is stuck")]
 pub(super) enum Kind {
     /// A call of the setup.
     Setup,

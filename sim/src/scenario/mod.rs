@@ -1,8 +1,9 @@
-//! The scenario: a whole cluster over the production cores, clients that fight for a few volumes, faults, healing, and the
-//! verdict of every checker.
+//! The scenario: a whole cluster over the production cores, clients that fight for a few volumes, faults, healing, and
+//! the verdict of every checker.
 //!
-//! Three phases a seed: chaos; heal everything and wait for every operation in flight (I17); read everything back through a
-//! fresh client, wait for full redundancy, compare every copy of every chunk and the state of every metadata server.
+//! Three phases a seed: chaos; heal everything and wait for every operation in flight (I17); read everything back
+//! through a fresh client, wait for full redundancy, compare every copy of every chunk and the state of every metadata
+//! server.
 
 mod cluster;
 mod faults;

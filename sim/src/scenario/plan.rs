@@ -1,5 +1,5 @@
-//! What a seed draws before anything happens: the shape of the cluster, the kinds of fault, their pace (swarm testing: a
-//! seed that knows few kinds of fault goes deeper into each).
+//! What a seed draws before anything happens: the shape of the cluster, the kinds of fault, their pace (swarm testing:
+//! a seed that knows few kinds of fault goes deeper into each).
 
 use super::cluster::Shape;
 use crate::world::{MS, SECOND};

@@ -3,6 +3,8 @@
 //! Every figure stands beside its baseline, because machines are noisy: the raw disk through io_uring with O_DIRECT and
 //! the loopback round trip. `--suite core` runs every line of the performance targets in `docs/performance.md`.
 
+#![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
+
 pub mod baseline;
 pub mod cpu;
 pub mod load;

@@ -192,7 +192,7 @@ fn stat_json(stat: &ClusterStat) -> Result<()> {
     let mds: Vec<_> = stat
         .mds
         .iter()
-        .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(&stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter}))
+        .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter}))
         .collect();
     let clients: Vec<_> = stat
         .clients

@@ -156,8 +156,8 @@ impl Volume {
         self.ask_confirms(ctx, id, attempt, &slots);
     }
 
-    /// The replica to ask: one with a link, on this host, with little to do; equals take turns. `sources` come first; with
-    /// `strict` nobody else will do.
+    /// The replica to ask: one with a link, on this host, with little to do; equals take turns. `sources` come first;
+    /// with `strict` nobody else will do.
     fn choose(
         &mut self,
         ctx: &Ctx<'_>,
@@ -186,8 +186,8 @@ impl Volume {
         best.map(|(_, slot)| slot)
     }
 
-    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A holder whose copy
-    /// is damaged is taken out first, or it would win again.
+    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A holder
+    /// whose copy is damaged is taken out first, or it would win again.
     fn source_lost(&mut self, ctx: &mut Ctx<'_>, id: u64, bad: &[(u16, DataStatus)]) {
         let Some((_, index, ..)) = self.read_part(id) else { return };
         for (slot, _) in bad {

@@ -177,8 +177,8 @@ impl Volume {
         self.check_drained(ctx);
     }
 
-    /// A server restarted in the middle: what its tail said is not true any more. Nothing is copied by the old plan; copies
-    /// already read are written out, then all begins anew.
+    /// A server restarted in the middle: what its tail said is not true any more. Nothing is copied by the old plan;
+    /// copies already read are written out, then all begins anew.
     fn abort_reconcile(&mut self, ctx: &mut Ctx<'_>) {
         let reading = self.reading_copies();
         let Some(reconcile) = &mut self.reconcile else { return };
@@ -268,9 +268,9 @@ impl Volume {
         let (epoch, settled) = (self.epoch, self.tracker.settled());
         let opening = self.state == State::Fencing;
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
-        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within our own
-        // lease that is everything of older epochs too: keeping an old write of a block while dropping the newer one that
-        // settled would roll the block back.
+        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within
+        // our own lease that is everything of older epochs too: keeping an old write of a block while dropping
+        // the newer one that settled would roll the block back.
         if !opening {
             for tail in reconcile.tails.values_mut() {
                 tail.retain(|entry| (entry.epoch, entry.sequence) > (epoch, Sequence(settled)));

@@ -370,7 +370,11 @@ fn concurrent_operations_survive_random_faults_and_take_overs() {
             match dice {
                 0 if down.is_none() => {
                     let server = 1 + rng.below(4) as usize;
-                    if rng.chance(1, 2) { world.kill(server) } else { world.power_cut(server) }
+                    if rng.chance(1, 2) {
+                        world.kill(server)
+                    } else {
+                        world.power_cut(server)
+                    }
                     if rng.chance(1, 2) { world.start_cs(server) } else { down = Some(server) }
                 }
                 1 | 2 => {
@@ -416,7 +420,12 @@ fn concurrent_operations_survive_random_faults_and_take_overs() {
                         let data = world.read(client, handle, at as u64 * 40_960, 4096).unwrap();
                         let log = || world.log.join("\n");
                         assert!(data.iter().all(|b| *b == data[0]), "seed {seed} torn\n{}", log());
-                        assert!(may.contains(&data[0]), "seed {seed} block {at}: {} not in {may:?}\n{}", data[0], log());
+                        assert!(
+                            may.contains(&data[0]),
+                            "seed {seed} block {at}: {} not in {may:?}\n{}",
+                            data[0],
+                            log()
+                        );
                         *block = Block { settled: data[0], pending: Vec::new() };
                     }
                 }

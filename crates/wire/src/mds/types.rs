@@ -75,7 +75,8 @@ pub struct SetAttr {
     pub uid: Option<u32>,
     /// New group.
     pub gid: Option<u32>,
-    /// New size: growing leaves a hole; shrinking drops whole chunks past the end (the lease holder zeroes the partial one first).
+    /// New size: growing leaves a hole; shrinking drops whole chunks past the end (the lease holder zeroes the partial
+    /// one first).
     pub size: Option<u64>,
     /// As [`SetAttr::size`], but never shrinks: what a holder reports after writing.
     pub grow_to: Option<u64>,
@@ -137,7 +138,8 @@ pub struct LeaseGrant {
     pub chunk_size: u64,
     /// Redundancy of new chunks.
     pub redundancy: Redundancy,
-    /// True when the previous holder released cleanly (or there was none): tails are empty, fencing needs no reconcile.
+    /// True when the previous holder released cleanly (or there was none): tails are empty, fencing needs no
+    /// reconcile.
     pub clean: bool,
     /// Chunk servers that hold replicas of the volume: each is to be fenced before the first read or write.
     pub servers: Vec<CsId>,
@@ -159,7 +161,8 @@ pub struct Replica {
     pub cs: CsId,
     /// Its part.
     pub role: ReplicaRole,
-    /// The version with which this server last joined the set: a copy at this version or later may be raised to the chunk's.
+    /// The version with which this server last joined the set: a copy at this version or later may be raised to the
+    /// chunk's.
     pub since: ChunkVersion,
 }
 
