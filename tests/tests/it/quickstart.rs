@@ -15,7 +15,7 @@ fn a_command_runs_against_the_cluster_and_its_status_is_the_status() {
     let dir = scratch.path().join("q");
     let quickstart = |script: &str| {
         let mut command = Command::new(binary());
-        command.args(["quickstart", "--cs-size", "3G", "--dir"]).arg(&dir).args(["--", "sh", "-c", script]);
+        command.args(["quickstart", "--cs-size", "1536M", "--dir"]).arg(&dir).args(["--", "sh", "-c", script]);
         run(&mut command, LIMIT)
     };
     let first = quickstart(
