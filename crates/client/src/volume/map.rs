@@ -163,7 +163,8 @@ impl Volume {
             minimum: usize::from(entry.minimum),
             reps,
         };
-        let chunk = self.chunk(entry.index);
+        let index = entry.index;
+        let chunk = self.chunk(index);
         let same_chunk = chunk.entry.as_ref().is_none_or(|old| old.chunk == news.chunk);
         if same_chunk && chunk.entry.as_ref().is_some_and(|old| old.version >= news.version) {
             return;
@@ -177,7 +178,23 @@ impl Volume {
         chunk.round = chunk.round.wrapping_add(1);
         chunk.calls = 0;
         chunk.raise |= !first && (chunk.active > 0 || chunk.unsettled > 0);
+        let joined: Vec<Rep> = if chunk.unsettled > 0 && !first {
+            news.reps.iter().filter(|rep| rep.current).copied().collect()
+        } else {
+            Vec::new()
+        };
         chunk.entry = Some(news);
+        let mut reconcile = false;
+        for rep in joined {
+            if self.tracker.joined(index, rep.slot, rep.since.0) {
+                self.tracker.freeze(rep.slot);
+                reconcile = true;
+            }
+        }
+        if reconcile {
+            ctx.log(format!("chunk {index} of {} has a new replica and unsettled writes: reconciling", self.id));
+            self.begin_reconcile(ctx);
+        }
     }
 
     /// A part needs the chunk: it starts when the chunk is ready.

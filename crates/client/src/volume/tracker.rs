@@ -14,18 +14,21 @@ use std::collections::VecDeque;
 /// Most replicas of a chunk (R0114).
 pub(crate) const SET_MAX: usize = 15;
 
+/// Servers one unsettled write may need: its replicas, those that left and those that joined meanwhile.
+const NEEDED_MAX: usize = 2 * SET_MAX;
+
 /// A few servers of the volume, by slot.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub(crate) struct SlotSet {
     len: u8,
-    slots: [u16; SET_MAX],
+    slots: [u16; NEEDED_MAX],
 }
 
 impl SlotSet {
     /// Adds a slot unless it is there.
     pub(crate) fn add(&mut self, slot: u16) {
         if !self.contains(slot) {
-            assert!((self.len as usize) < SET_MAX, "a chunk has at most {SET_MAX} replicas");
+            assert!((self.len as usize) < NEEDED_MAX, "a write needs at most {NEEDED_MAX} servers");
             self.slots[self.len as usize] = slot;
             self.len += 1;
         }
@@ -54,6 +57,8 @@ struct Entry {
     index: u64,
     bytes: u32,
     acknowledged: bool,
+    /// Version of the chunk in which it was last sent.
+    version: u64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -88,7 +93,7 @@ impl Tracker {
 
     /// Numbers a new write to chunk `index`.
     pub(crate) fn issue(&mut self, index: u64, bytes: u32) -> u64 {
-        self.entries.push_back(Entry { servers: SlotSet::default(), index, bytes, acknowledged: false });
+        self.entries.push_back(Entry { servers: SlotSet::default(), index, bytes, acknowledged: false, version: 0 });
         self.bytes += u64::from(bytes);
         self.last()
     }
@@ -112,9 +117,11 @@ impl Tracker {
         self.entries.get_mut(usize::try_from(sequence.checked_sub(self.base)?).ok()?)
     }
 
-    /// Write `sequence` goes to the server in `slot`.
-    pub(crate) fn sent(&mut self, sequence: u64, slot: u16) {
-        self.entry(sequence).expect("an unacknowledged write is not settled").servers.add(slot);
+    /// Write `sequence` goes to the server in `slot`, in this version of its chunk.
+    pub(crate) fn sent(&mut self, sequence: u64, slot: u16, version: u64) {
+        let entry = self.entry(sequence).expect("an unacknowledged write is not settled");
+        entry.servers.add(slot);
+        entry.version = version;
         let mark = self.mark(slot);
         mark.sent = mark.sent.max(sequence);
     }
@@ -177,6 +184,20 @@ impl Tracker {
         for entry in self.entries.iter_mut().filter(|entry| entry.index == index) {
             entry.servers.retain(&keep);
         }
+    }
+
+    /// The server in `slot` joined the set of chunk `index` with version `since`: acknowledged writes of older versions are in
+    /// its copy, but not in its tail, so a later version change would not mark them there. True when there are such; they
+    /// need that server from now on.
+    pub(crate) fn joined(&mut self, index: u64, slot: u16, since: u64) -> bool {
+        let mut any = false;
+        for entry in self.entries.iter_mut().filter(|entry| entry.index == index) {
+            if entry.acknowledged && entry.version < since {
+                entry.servers.add(slot);
+                any = true;
+            }
+        }
+        any
     }
 
     /// The chunks `first..end` are gone; their writes need nobody.
@@ -254,7 +275,7 @@ mod tests {
                 match step {
                     Step::Issue(slots) => {
                         let sequence = tracker.issue(0, 4096);
-                        slots.iter().for_each(|slot| tracker.sent(sequence, *slot));
+                        slots.iter().for_each(|slot| tracker.sent(sequence, *slot, 1));
                         writes.push((slots, false));
                         prop_assert_eq!(sequence as usize, writes.len());
                     }
@@ -292,7 +313,7 @@ mod tests {
         let mut tracker = Tracker::new(1);
         for slot in [0, 1] {
             assert_eq!(tracker.issue(3, 10), u64::from(slot) + 1);
-            tracker.sent(u64::from(slot) + 1, slot);
+            tracker.sent(u64::from(slot) + 1, slot, 1);
             tracker.acknowledge(u64::from(slot) + 1);
         }
         tracker.freeze(1);

@@ -72,6 +72,14 @@ enum At {
 struct Target {
     slot: u16,
     at: At,
+    /// Version in which it was last sent: a server that joined the set later has lost what it had before.
+    version: ChunkVersion,
+}
+
+impl Target {
+    fn unsent(slot: u16) -> Self {
+        Self { slot, at: At::Unsent, version: ChunkVersion(0) }
+    }
 }
 
 pub(super) struct WritePart {
@@ -177,7 +185,8 @@ impl Volume {
             self.refresh(ctx, index);
         }
         let Some(entry) = &self.chunk(index).entry else { unreachable!("just seen") };
-        let slots: Vec<Target> = entry.reps.iter().map(|rep| Target { slot: rep.slot, at: At::Unsent }).collect();
+        let slots: Vec<Target> = entry.reps.iter().map(|rep| Target::unsent(rep.slot)).collect();
+        let version = entry.version.0;
         let (unsettled, bytes) = self.tracker.load();
         if !internal && (unsettled >= UNSETTLED_MAX / 2 || bytes >= UNSETTLED_BYTES_MAX / 2) {
             self.flush_for_room(ctx);
@@ -189,7 +198,7 @@ impl Volume {
         self.mark_started(id);
         let bytes = if unmap { 0 } else { count * BLOCK_SIZE as u32 };
         let sequence = self.tracker.issue(index, bytes);
-        slots.iter().for_each(|target| self.tracker.sent(sequence, target.slot));
+        slots.iter().for_each(|target| self.tracker.sent(sequence, target.slot, version));
         let chunk = self.chunk(index);
         chunk.unsettled += 1;
         let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { unreachable!("just seen") };
@@ -240,6 +249,7 @@ impl Volume {
         let packet = write.packet.as_ref().expect("just made").1.clone();
         for target in write.targets.iter_mut().filter(|target| target.at == At::Unsent) {
             target.at = At::Sent;
+            target.version = entry.version;
             let server = &mut self.servers[target.slot as usize];
             server.told = server.told.max(settled);
             let owner = Owner::Write { volume: key, part: id, slot: target.slot };
@@ -257,8 +267,15 @@ impl Volume {
             return;
         };
         if reply.status == DataStatus::Ok {
-            target.at = At::Ok;
-            self.check_write(ctx, id);
+            let entry = self.chunks.get(&index).and_then(|chunk| chunk.entry.as_ref());
+            let rejoined = entry.and_then(|entry| entry.rep(slot)).is_some_and(|rep| rep.since > target.version);
+            if rejoined {
+                target.at = At::Unsent;
+                self.drive(ctx, index);
+            } else {
+                target.at = At::Ok;
+                self.check_write(ctx, id);
+            }
             return;
         }
         target.at = At::Unsent;
@@ -461,13 +478,18 @@ impl Volume {
                 );
             }
             write.targets.retain(|target| entry.rep(target.slot).is_some());
+            for target in &mut write.targets {
+                if entry.rep(target.slot).is_some_and(|rep| rep.since > target.version) && target.at == At::Ok {
+                    target.at = At::Unsent;
+                }
+            }
             let mut forget = planted!("forget_replica_in_version_change");
             for rep in &entry.reps {
                 if !write.targets.iter().any(|target| target.slot == rep.slot) {
                     let at = if std::mem::take(&mut forget) { At::Ok } else { At::Unsent };
-                    write.targets.push(Target { slot: rep.slot, at });
-                    self.tracker.sent(sequence, rep.slot);
+                    write.targets.push(Target { at, ..Target::unsent(rep.slot) });
                 }
+                self.tracker.sent(sequence, rep.slot, entry.version.0);
             }
             if write.parked && !entry.is_below_minimum() {
                 write.parked = false;
