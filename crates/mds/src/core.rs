@@ -292,7 +292,8 @@ impl<B: Base> Process for MdsCore<B> {
         }
         self.drain(now, effects);
         if !self.open {
-            // The log is being read: its disk wakes us. The duties stand since before time began and would have us spin.
+            // The log is being read: its disk wakes us. The duties stand since before time began and would have us
+            // spin.
             return;
         }
         let duty = self.duty.next(DUTY_PERIOD).max(now.mono);

@@ -186,9 +186,9 @@ impl Tracker {
         }
     }
 
-    /// The server in `slot` joined the set of chunk `index` with version `since`: acknowledged writes of older versions are in
-    /// its copy, but not in its tail, so a later version change would not mark them there. True when there are such; they
-    /// need that server from now on.
+    /// The server in `slot` joined the set of chunk `index` with version `since`: acknowledged writes of older versions
+    /// are in its copy, but not in its tail, so a later version change would not mark them there. True when there
+    /// are such; they need that server from now on.
     pub(crate) fn joined(&mut self, index: u64, slot: u16, since: u64) -> bool {
         let mut any = false;
         for entry in self.entries.iter_mut().filter(|entry| entry.index == index) {
