@@ -674,7 +674,7 @@ mod tests {
             if !offset.is_multiple_of(BLOCK_SIZE_U64) {
                 edges.push(Some(Buf::copy_from(&old)));
             }
-            if !(offset + len as u64).is_multiple_of(BLOCK_SIZE_U64) && !(edges.len() == 1 && end == first + 1) {
+            if !((offset + len as u64).is_multiple_of(BLOCK_SIZE_U64) || edges.len() == 1 && end == first + 1) {
                 edges.push(Some(Buf::copy_from(&old)));
             }
             let merged: Vec<u8> = merge_edges(offset, &data, &edges).iter().flat_map(|b| b.to_vec()).collect();
