@@ -45,7 +45,7 @@ impl Database {
     fn command(&self, cluster: &Cluster, program: &str, words: &[&str]) -> Command {
         let mut command = cluster.command(self.bin.join(program));
         command.args(words).current_dir(&self.socket).env("PGHOST", &self.socket).env("LC_ALL", "C");
-        command.env("PGDATABASE", "postgres").env("PGUSER", "admin").env("HOME", &self.socket);
+        command.env("PGDATABASE", "postgres").env("PGUSER", "admin").env("HOME", &self.socket).env("PGPORT", "5432");
         command.uid(self.account.0).gid(self.account.1);
         command
     }
@@ -67,11 +67,22 @@ impl Database {
         self.socket.join("log").display().to_string()
     }
 
+    /// Takes the locks of a killed server away. Where nobody reaps orphans, its id still answers and looks alive.
+    fn remove_dead_lock(&self) {
+        let lock = self.data.join("postmaster.pid");
+        let Ok(text) = std::fs::read_to_string(&lock) else { return };
+        let pid: u32 = text.lines().next().and_then(|line| line.parse().ok()).expect("the lock names a process");
+        assert!(!process::is_alive(pid), "PostgreSQL still runs");
+        std::fs::remove_file(lock).expect("remove the lock");
+        let _ = std::fs::remove_file(self.socket.join(".s.PGSQL.5432.lock"));
+    }
+
     /// Starts it; tries again while the file system says that somebody else still has a file.
     fn start(&self, cluster: &Cluster) {
         let options = format!("-k {} -c listen_addresses= -c fsync=on", self.socket.display());
         let words = ["-D", &self.data_text(), "-l", &self.log_path(), "-o", &options, "-w", "-t", "60", "start"];
         process::poll("PostgreSQL starts", RECOVERY_LIMIT, || {
+            self.remove_dead_lock();
             let outcome = self.run(cluster, "pg_ctl", &words);
             if outcome.code != 0 {
                 let log = std::fs::read_to_string(self.log_path()).unwrap_or_default();

@@ -239,8 +239,20 @@ fn part_names() -> impl Iterator<Item = String> {
 }
 
 /// Ports nobody listens on, all different.
+///
+/// They lie below the range from which systems take ports of outgoing connections (from 32768 on): one of those could
+/// be taken by a connection, even of this cluster, before its server listens or while it is down.
 fn free_ports(count: usize) -> Result<Vec<u16>> {
-    let held: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
+    const FIRST: u16 = 15_000;
+    const PORT_COUNT: u16 = 17_000;
+    let random: [u8; 2] = cairn_env_real::random_bytes();
+    let start = u16::from_le_bytes(random) % PORT_COUNT;
+    let candidates = (0..PORT_COUNT).map(|step| FIRST + (start + step) % PORT_COUNT);
+    let held: Vec<TcpListener> =
+        candidates.filter_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).take(count).collect();
+    if held.len() < count {
+        bail!("no {count} free ports from {FIRST} on");
+    }
     held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
 }
 
