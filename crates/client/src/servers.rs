@@ -87,6 +87,11 @@ pub(crate) enum Owner {
 }
 
 impl Owner {
+    /// True for what belongs to a read, which can be asked elsewhere.
+    pub(crate) fn reads(&self) -> bool {
+        matches!(self, Self::Read { .. } | Self::Confirm { .. } | Self::Call { call: CallFor::Extents { .. }, .. })
+    }
+
     /// The volume and its slot of the server.
     pub(crate) fn place(&self) -> (u64, u16) {
         match *self {

@@ -184,7 +184,6 @@ impl Volume {
 
     fn go_on_without(&mut self, ctx: &mut Ctx<'_>, slot: u16, mut touched: Vec<u64>) {
         let key = self.key;
-        self.move_reads(ctx, slot);
         self.give_up_settles(ctx, slot);
         let server = self.server_mut(slot);
         server.failing = false;
@@ -194,7 +193,9 @@ impl Volume {
         }
         let number = server.number;
         touched.append(&mut std::mem::take(&mut server.chunks));
-        ctx.servers.cancel(number, |owner| owner.place().0 == key);
+        // Reads move last: where this server keeps the only copy they go to it again, and must not be cancelled with the rest.
+        ctx.servers.cancel(number, |owner| owner.place().0 == key && !owner.reads());
+        self.move_reads(ctx, slot);
         touched.append(&mut self.unsend(slot));
         touched.append(&mut self.restart_preparations());
         touched.sort_unstable();
