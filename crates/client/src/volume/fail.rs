@@ -193,7 +193,8 @@ impl Volume {
         }
         let number = server.number;
         touched.append(&mut std::mem::take(&mut server.chunks));
-        // Reads move last: where this server keeps the only copy they go to it again, and must not be cancelled with the rest.
+        // Reads move last: where this server keeps the only copy they go to it again, and must not be cancelled with
+        // the rest.
         ctx.servers.cancel(number, |owner| owner.place().0 == key && !owner.reads());
         self.move_reads(ctx, slot);
         touched.append(&mut self.unsend(slot));
