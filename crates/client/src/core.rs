@@ -352,10 +352,9 @@ impl ClientCore {
     }
 
     /// The front end knows a new size of the volume.
-    pub fn set_size(&mut self, handle: VolumeHandle, size: u64) {
-        if let Some(volume) = self.volumes.get_mut(handle.0) {
-            volume.set_size(size);
-        }
+    pub fn set_size(&mut self, now: Now, handle: VolumeHandle, size: u64, out: &mut Effects) {
+        self.with_volume(now, out, handle.0, |volume, ctx| volume.set_size(ctx, size));
+        self.settle(now, out);
     }
 
     /// Closes everything: flushes, settles, gives leases back, ends the session. What cannot be reached within ten
@@ -462,7 +461,7 @@ impl ClientCore {
             }
             Push::Resized { volume, size } => {
                 if let Some(&key) = self.by_id.get(volume) {
-                    self.volumes.get_mut(key).expect("the table names living volumes").set_size(*size);
+                    self.with_volume(now, out, key, |volume, ctx| volume.set_size(ctx, *size));
                     self.done.push(Completion::Notice(Notice::Resized(VolumeHandle(key), *size)));
                 }
             }

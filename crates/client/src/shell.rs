@@ -309,7 +309,7 @@ impl LocalVolume {
     /// Tells a new size, after the metadata servers have it. Shrinking forgets the map past the end.
     pub fn set_size(&self, size: u64) {
         self.0.size.set(size);
-        self.0.client.0.reactor.with(|core, _, _| core.set_size(self.0.handle, size));
+        self.0.client.0.reactor.with(|core, now, out| core.set_size(now, self.0.handle, size, out));
     }
 
     /// Carries out an operation.

@@ -133,6 +133,16 @@ impl Volume {
             chunk.ready = false;
             chunk.known = holes || self.virgin;
             chunk.fetch = false;
+            // Preparations under way were for a chunk that is gone: their answers mean nothing, and nobody else would ever
+            // count them down.
+            chunk.want = false;
+            chunk.create = false;
+            chunk.raise = false;
+            chunk.calls = 0;
+            chunk.round = chunk.round.wrapping_add(1);
+            if !chunk.waiting.is_empty() {
+                self.forgotten.push(*index);
+            }
         }
         order.retain(|index| {
             let chunk = &self.chunks[index];

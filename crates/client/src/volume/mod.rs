@@ -129,6 +129,8 @@ pub(crate) struct Volume {
 
     chunks: FixedMap<u64, Chunk>,
     chunk_order: VecDeque<u64>,
+    /// Chunks that were forgotten while parts waited for them: driven again by the next pump.
+    forgotten: Vec<u64>,
     /// No chunk existed when the lease was granted: what is not in the cache is a hole.
     virgin: bool,
     allocate: Vec<u64>,
@@ -180,6 +182,7 @@ impl Volume {
             locks: RangeLocks::default(),
             chunks: FixedMap::default(),
             chunk_order: VecDeque::new(),
+            forgotten: Vec::new(),
             virgin: false,
             allocate: Vec::new(),
             allocating: false,
@@ -584,17 +587,21 @@ impl Volume {
 
     /// The front end or the metadata servers changed the size. Shrinking forgets the map past the end: those chunks are
     /// gone.
-    pub(crate) fn set_size(&mut self, size: u64) {
+    pub(crate) fn set_size(&mut self, ctx: &mut Ctx<'_>, size: u64) {
         let shrunk = size < self.size;
         self.size = size;
         if shrunk {
             let first = size.div_ceil(self.chunk_blocks * BLOCK_SIZE_U64);
             self.forget_chunks(first, u64::MAX, false);
+            self.pump(ctx);
         }
     }
 
     /// Runs what became ready, until nothing is.
     fn pump(&mut self, ctx: &mut Ctx<'_>) {
+        for index in std::mem::take(&mut self.forgotten) {
+            self.drive(ctx, index);
+        }
         while !self.ready_ops.is_empty() {
             for op in std::mem::take(&mut self.ready_ops) {
                 self.start_op(ctx, op);
