@@ -133,8 +133,8 @@ impl Volume {
             chunk.ready = false;
             chunk.known = holes || self.virgin;
             chunk.fetch = false;
-            // Preparations under way were for a chunk that is gone: their answers mean nothing, and nobody else would ever
-            // count them down.
+            // Preparations under way were for a chunk that is gone: their answers mean nothing, and nobody else would
+            // ever count them down.
             chunk.want = false;
             chunk.create = false;
             chunk.raise = false;
