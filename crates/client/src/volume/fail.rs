@@ -12,6 +12,8 @@ use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 use std::collections::BTreeSet;
 
 const LATER: Duration = Duration::from_secs(1);
+/// So long a server is waited for that alone may hold unflushed writes, because all others lost power in the same moment.
+const LAST_GOOD_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Volume {
     fn slot_by_number(&self, number: u32) -> Option<u16> {
@@ -31,6 +33,7 @@ impl Volume {
                 let server = self.server_mut(slot);
                 if server.fence == Fence::Yes {
                     server.excused = false;
+                    server.doubted = None;
                     if std::mem::replace(&mut server.boot, boot) != boot {
                         self.on_restarted(ctx, slot);
                     }
@@ -95,15 +98,41 @@ impl Volume {
 
     /// Takes a server out of all replica sets of the volume.
     pub(super) fn fail_server(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
-        let server = self.server_mut(slot);
-        if server.failing {
+        if self.server(slot).failing {
             return;
         }
+        if self.is_last_good(slot) {
+            let (now, cs) = (ctx.io.now, self.server(slot).cs);
+            let since = *self.server_mut(slot).doubted.get_or_insert(now);
+            let waited = now.saturating_since(since);
+            if waited < LAST_GOOD_PATIENCE {
+                if waited.is_zero() {
+                    ctx.log(format!("{cs} alone holds unflushed writes of {}: waiting for it to come back", self.id));
+                }
+                return;
+            }
+            ctx.log(format!("{cs} did not come back: unflushed writes of {} that it alone held are lost", self.id));
+        }
+        let server = self.server_mut(slot);
         server.failing = true;
         let cs = server.cs;
         ctx.log(format!("{cs} failed for {}: asking to go on without it", self.id));
         let request = MdsRequest::ReplicaFailed { volume: self.id, epoch: self.epoch, cs, chunks: Vec::new() };
         ctx.call(request, self.waiter(VolumeCall::Failed { slot, index: None }));
+    }
+
+    /// True when the other current replicas of a chunk restarted and are not reconciled yet, so that without this server
+    /// unflushed writes would be gone that it may still have.
+    fn is_last_good(&self, slot: u16) -> bool {
+        !self.tracker.is_frozen(slot)
+            && self.chunks.values().filter(|chunk| chunk.unsettled > 0).filter_map(|chunk| chunk.entry.as_ref()).any(
+                |entry| {
+                    let mut others = entry.current().filter(|other| *other != slot).peekable();
+                    entry.current().any(|mine| mine == slot)
+                        && others.peek().is_some()
+                        && others.all(|other| self.tracker.is_frozen(other))
+                },
+            )
     }
 
     /// Takes one copy out: it is stale, lost or damaged.

@@ -72,6 +72,8 @@ struct VolServer {
     /// The metadata servers have been told that it failed; reads and fences need not wait for it.
     excused: bool,
     failing: bool,
+    /// Unreachable since then, and waited for because it alone may hold unflushed writes.
+    doubted: Option<Instant>,
     /// Chunks to look at again once it is fenced.
     chunks: Vec<u64>,
     /// The settled mark it was last told.
@@ -342,6 +344,7 @@ impl Volume {
             tail: 0,
             excused: false,
             failing: false,
+            doubted: None,
             chunks: Vec::new(),
             told: 0,
         });
