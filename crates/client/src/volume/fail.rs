@@ -60,6 +60,8 @@ impl Volume {
         self.tracker.freeze(slot);
         self.hold_flushes(ctx, slot);
         self.begin_reconcile(ctx);
+        // What it was asked to read before it died it would answer from what the power cut left: ask after the reconciliation.
+        self.move_reads(ctx, slot);
         self.skip_internal_flush(ctx, slot);
     }
 

@@ -39,6 +39,16 @@ impl Volume {
         }
     }
 
+    /// What a read was answered or is still to be answered counts no more.
+    pub(super) fn take_back_read(&mut self, id: u64) {
+        if let Some((read, ..)) = self.read_part(id) {
+            read.attempt += 1;
+            read.at = None;
+            read.data = None;
+            read.confirms = 0;
+        }
+    }
+
     fn retry_read(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         ctx.io.timers.after(ctx.io.now, SOON, Timer::Part(self.key, id));
     }
