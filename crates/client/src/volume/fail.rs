@@ -12,7 +12,8 @@ use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 use std::collections::BTreeSet;
 
 const LATER: Duration = Duration::from_secs(1);
-/// So long a server is waited for that alone may hold unflushed writes, because all others lost power in the same moment.
+/// So long a server is waited for that alone may hold unflushed writes, because all others lost power in the same
+/// moment.
 const LAST_GOOD_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Volume {
@@ -60,7 +61,8 @@ impl Volume {
         self.tracker.freeze(slot);
         self.hold_flushes(ctx, slot);
         self.begin_reconcile(ctx);
-        // What it was asked to read before it died it would answer from what the power cut left: ask after the reconciliation.
+        // What it was asked to read before it died it would answer from what the power cut left: ask after the
+        // reconciliation.
         self.move_reads(ctx, slot);
         self.skip_internal_flush(ctx, slot);
     }
@@ -123,8 +125,8 @@ impl Volume {
         ctx.call(request, self.waiter(VolumeCall::Failed { slot, index: None }));
     }
 
-    /// True when the other current replicas of a chunk restarted and are not reconciled yet, so that without this server
-    /// unflushed writes would be gone that it may still have.
+    /// True when the other current replicas of a chunk restarted and are not reconciled yet, so that without this
+    /// server unflushed writes would be gone that it may still have.
     fn is_last_good(&self, slot: u16) -> bool {
         !self.tracker.is_frozen(slot)
             && self.chunks.values().filter(|chunk| chunk.unsettled > 0).filter_map(|chunk| chunk.entry.as_ref()).any(

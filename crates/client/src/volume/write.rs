@@ -143,8 +143,8 @@ impl Volume {
         }
     }
 
-    /// Keeps a part until the volume goes on. A read that has to be asked anew waits as well: who would answer may not be
-    /// reconciled yet. The reconciliation may have waited for it.
+    /// Keeps a part until the volume goes on. A read that has to be asked anew waits as well: who would answer may not
+    /// be reconciled yet. The reconciliation may have waited for it.
     fn hold_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         if !self.held_parts.contains(&id) {
             self.held_parts.push_back(id);
