@@ -20,6 +20,9 @@ pub struct SimArgs {
     /// Runs fresh seeds for so many minutes.
     #[arg(long)]
     minutes: Option<u64>,
+    /// Without any fault: the plain path must hold.
+    #[arg(long)]
+    faultless: bool,
     /// Turns a planted bug on and reports the seed that found it; `all` for each in turn. Needs a build with
     /// `--features planted`.
     #[arg(long)]
@@ -35,23 +38,23 @@ pub fn run(args: &SimArgs) -> Result<i32> {
         return cairn_sim::planted::prove(name).map_err(anyhow::Error::msg).map(i32::from);
     }
     if let Some(seed) = args.seed {
-        let outcome = cairn_sim::run::run(seed, &Options { verbose: args.trace, ..Options::default() });
+        let outcome = cairn_sim::run::run(seed, &Options { verbose: args.trace, faultless: args.faultless });
         println!("{outcome}");
         return Ok(i32::from(outcome.is_broken()));
     }
     if args.regressions {
-        return Ok(run_all(cairn_sim::regressions(), None));
+        return Ok(run_all(cairn_sim::regressions(), None, args.faultless));
     }
     let first = u64::from_le_bytes(cairn_env_real::random_bytes()) >> 16;
     match (args.seeds, args.minutes) {
-        (Some(count), None) => Ok(run_all(first..first + count, None)),
-        (None, Some(minutes)) => Ok(run_all(first.., Some(Duration::from_secs(60 * minutes)))),
+        (Some(count), None) => Ok(run_all(first..first + count, None, args.faultless)),
+        (None, Some(minutes)) => Ok(run_all(first.., Some(Duration::from_secs(60 * minutes)), args.faultless)),
         _ => bail!("give one of --seed N, --seeds K, --minutes M, --planted NAME or --regressions"),
     }
 }
 
 #[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
-fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>) -> i32 {
+fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, faultless: bool) -> i32 {
     let begun = Instant::now();
     let (mut count, mut virtual_ns, mut broken) = (0u64, 0u64, 0);
     for seed in seeds {
@@ -61,7 +64,7 @@ fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>) -> i32
         if count == 0 {
             eprintln!("first seed {seed}");
         }
-        let outcome: Outcome = cairn_sim::run::run(seed, &Options::default());
+        let outcome: Outcome = cairn_sim::run::run(seed, &Options { faultless, ..Options::default() });
         count += 1;
         virtual_ns += outcome.virtual_ns;
         if outcome.is_broken() {
