@@ -1,8 +1,8 @@
 //! Leases, epochs, chunk versions, take-over, rebuild: one block on three replicas, two clients, a metadata server.
 //!
-//! Messages never leave the network: each may be delivered at any time, any number of times. Clients are asleep as long as
-//! they like, there is no clock. Data is numbered in the order it is issued; the invariant is that no read returns anything
-//! older than what was acknowledged or read before (I3, I5), and that a rebuilt copy is never stale (I7).
+//! Messages never leave the network: each may be delivered at any time, any number of times. Clients are asleep as long
+//! as they like, there is no clock. Data is numbered in the order it is issued; the invariant is that no read returns
+//! anything older than what was acknowledged or read before (I3, I5), and that a rebuilt copy is never stale (I7).
 
 use crate::Model;
 

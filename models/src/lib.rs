@@ -1,7 +1,8 @@
 //! L6: explicit-state models of the rules that keep data safe, explored breadth-first to the end of their small bounds.
 //!
-//! A model is a set of rules over a small state; [`explore`] visits every reachable state and checks the invariant in each.
-//! [`lease`] has leases, epochs, versions and take-over; [`settle`] has settled marks, power cuts and reconciling.
+//! A model is a set of rules over a small state; [`explore`] visits every reachable state and checks the invariant in
+//! each. [`lease`] has leases, epochs, versions and take-over; [`settle`] has settled marks, power cuts and
+//! reconciling.
 
 pub mod lease;
 pub mod settle;

@@ -1,8 +1,8 @@
 //! Settled marks, tails, power cuts and reconciling: one block, three replicas, one holder at a time.
 //!
-//! A replica has what it wrote, what of it is durable, and its unsettled tail. A power cut of a replica loses everything
-//! that is not durable. The invariant: a write acknowledged and then covered by an acknowledged flush is never lost while
-//! one replica keeps its disk (I1), and after reconciling all replicas hold the same (I8).
+//! A replica has what it wrote, what of it is durable, and its unsettled tail. A power cut of a replica loses
+//! everything that is not durable. The invariant: a write acknowledged and then covered by an acknowledged flush is
+//! never lost while one replica keeps its disk (I1), and after reconciling all replicas hold the same (I8).
 
 use crate::Model;
 

@@ -1,8 +1,9 @@
 //! Simulated links: ordered, reliable while they last, and broken in every way TCP connections break.
 //!
-//! Frames of one direction arrive in order after a random delay. A cut path stalls them; after seconds of silence each side
-//! gives the connection up by itself, so one side may keep sending on a connection the other has forgotten. Frames sent
-//! before a reset may still arrive at the side that has not heard of the reset: late packets of an old connection are real.
+//! Frames of one direction arrive in order after a random delay. A cut path stalls them; after seconds of silence each
+//! side gives the connection up by itself, so one side may keep sending on a connection the other has forgotten. Frames
+//! sent before a reset may still arrive at the side that has not heard of the reset: late packets of an old connection
+//! are real.
 
 use crate::world::{MS, NodeIndex};
 use cairn_env::{Buf, BufMut};

@@ -13,8 +13,15 @@ impl Stamp {
     /// A block of `volume` that carries `value` (not 0: a block of zeros is value 0).
     pub fn encode(volume: u64, block: u64, value: u64) -> [u8; BLOCK_SIZE] {
         let mut out = [0u8; BLOCK_SIZE];
+        Self::fill(&mut out, volume, block, value);
+        out
+    }
+
+    /// Stamps a unit of any size: volumes that are written in 512-byte sectors carry a stamp in each.
+    pub fn fill(out: &mut [u8], volume: u64, block: u64, value: u64) {
+        assert!(!out.is_empty() && out.len().is_multiple_of(STAMP_SIZE), "a unit holds whole stamps");
         if value == 0 {
-            return out;
+            return out.fill(0);
         }
         let mut stamp = [0u8; STAMP_SIZE];
         for (i, word) in [0x4341_4952_4e53_544d, volume, block, value].into_iter().enumerate() {
@@ -23,7 +30,6 @@ impl Stamp {
         let checksum = crc64(&stamp[..STAMP_SIZE - 8]);
         stamp[STAMP_SIZE - 8..].copy_from_slice(&checksum.to_le_bytes());
         out.chunks_exact_mut(STAMP_SIZE).for_each(|piece| piece.copy_from_slice(&stamp));
-        out
     }
 
     /// The value a block of `volume` carries; 0 for zeros.
@@ -31,7 +37,7 @@ impl Stamp {
     /// # Errors
     /// In words, when the block is torn, garbage, or belongs elsewhere.
     pub fn decode(bytes: &[u8], volume: u64, block: u64) -> Result<u64, String> {
-        if bytes.len() != BLOCK_SIZE {
+        if bytes.is_empty() || !bytes.len().is_multiple_of(STAMP_SIZE) {
             return Err(format!("{} bytes instead of a block", bytes.len()));
         }
         let first = &bytes[..STAMP_SIZE];

@@ -1,8 +1,8 @@
 //! The simulated world: nodes, links, disks and time. One thread, one seed, one trace.
 //!
-//! A node is any [`Process`] of ours, exactly as the shipped daemons run it. The world carries out its effects: links that
-//! delay, stall, break and deliver late; disks that tear, lose and fail; clocks that drift. Everything random comes from
-//! generators split off the seed, so that one more draw in one place does not reshuffle another.
+//! A node is any [`Process`] of ours, exactly as the shipped daemons run it. The world carries out its effects: links
+//! that delay, stall, break and deliver late; disks that tear, lose and fail; clocks that drift. Everything random
+//! comes from generators split off the seed, so that one more draw in one place does not reshuffle another.
 
 use crate::net::{Conn, Network};
 use cairn_env::{DiskDone, IoId};
@@ -48,6 +48,8 @@ pub(crate) enum Happening {
     Connected { conn: u64 },
     /// A disk finishes one of its requests.
     Disk { node: NodeIndex, incarnation: u32, disk: u8, io: IoId },
+    /// The time a node asked for has come; void when it asked for another time since.
+    Wake { node: NodeIndex, incarnation: u32 },
     /// A wake-up of the scenario driver.
     Driver { token: u64 },
 }
@@ -247,7 +249,8 @@ impl World {
         let released = self.net.set_blocked(from, to, blocked);
         if blocked {
             for id in self.net.conns_between(from, to) {
-                // A stalled connection is given up by each side after some seconds of silence, as TCP_USER_TIMEOUT does.
+                // A stalled connection is given up by each side after some seconds of silence, as TCP_USER_TIMEOUT
+                // does.
                 for acceptor_side in [false, true] {
                     let after = self.rng_time.range(3 * SECOND, 12 * SECOND);
                     self.schedule(after, Happening::Broken { conn: id, acceptor_side, reason: "timed out" });
@@ -322,9 +325,15 @@ impl World {
                     self.deliver(node, event);
                 }
             }
+            Happening::Wake { node, incarnation } => {
+                let state = &self.nodes[node.0];
+                if state.incarnation == incarnation && state.wake == Some(self.now) {
+                    self.deliver(node, Event::Timer);
+                }
+            }
             Happening::Disk { node, incarnation, disk, io } => {
                 if self.nodes[node.0].incarnation == incarnation && self.nodes[node.0].process.is_some() {
-                    let done: Option<DiskDone> = self.nodes[node.0].disks[usize::from(disk)].complete(io, &mut self.rng_disk);
+                    let done: Option<DiskDone> = self.nodes[node.0].disks[usize::from(disk)].complete(io);
                     if let Some(done) = done {
                         self.deliver(node, Event::Disk(DiskIndex(disk), done));
                     }
@@ -421,10 +430,9 @@ impl World {
             let state = &mut self.nodes[node.0];
             let incarnation = state.incarnation;
             let delay = state.disk_delay_ns;
-            if state.disks[usize::from(index.0)].submit(request) {
-                let took = self.rng_disk.range(20_000, 200_000) + delay;
-                self.schedule(took, Happening::Disk { node, incarnation, disk: index.0, io });
-            }
+            state.disks[usize::from(index.0)].submit(request);
+            let took = self.rng_disk.range(20_000, 200_000) + delay;
+            self.schedule(took, Happening::Disk { node, incarnation, disk: index.0, io });
         }
         if let Some(at) = effects.wake_at.take() {
             let local = self.local_mono(node);
@@ -432,7 +440,8 @@ impl World {
             let due = self.now + after;
             if self.nodes[node.0].wake.is_none_or(|wake| due < wake || wake <= self.now) {
                 self.nodes[node.0].wake = Some(due);
-                self.schedule_node(after, node, Event::Timer);
+                let incarnation = self.nodes[node.0].incarnation;
+                self.schedule(after, Happening::Wake { node, incarnation });
             }
         }
         if let Some(why) = effects.fatal.take() {
@@ -516,10 +525,6 @@ fn digest_of(event: &Event) -> u64 {
 
 impl Conn {
     pub(crate) fn end(&self, acceptor_side: bool) -> Option<(NodeIndex, LinkId)> {
-        if acceptor_side {
-            self.accepted.map(|link| (self.acceptor_node, link))
-        } else {
-            Some(self.initiator)
-        }
+        if acceptor_side { self.accepted.map(|link| (self.acceptor_node, link)) } else { Some(self.initiator) }
     }
 }

@@ -1,7 +1,9 @@
-//! `docs/requirements.md` maps each R-number of the ledger to what shows it. A claim without its test is a lie; here it fails.
+//! `docs/requirements.md` maps each R-number of the ledger to what shows it. A claim without its test is a lie; here it
+//! fails.
 //!
-//! Table rows: `| R0047 | done | test:make_mds_creates_a_cluster | note |`. States: `done`, `partly`, `not yet`. Evidence:
-//! `test:NAME` (a test function of that name exists), `cmd:WORDS` (a verb), `doc:PATH` (a file exists), several with `;`.
+//! Table rows: `| R0047 | done | test:make_mds_creates_a_cluster | note |`. States: `done`, `partly`, `not yet`.
+//! Evidence: `test:NAME` (a test function of that name exists), `cmd:WORDS` (a verb), `doc:PATH` (a file exists),
+//! several with `;`.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -56,7 +58,8 @@ fn test_names(root: &Path) -> BTreeSet<String> {
         let text = std::fs::read_to_string(root.join(path)).unwrap_or_default();
         let mut marked = false;
         for line in text.lines().map(str::trim_start) {
-            let function = line.trim_start_matches("async ").strip_prefix("fn ");
+            let bare = line.trim_start_matches("pub ").trim_start_matches("async ");
+            let function = bare.strip_prefix("fn ");
             if let (true, Some(rest)) = (marked, function) {
                 names.insert(rest.split(['(', '<']).next().unwrap_or_default().to_owned());
             }

@@ -18,7 +18,8 @@ pub const REFUSED: i32 = 4;
 pub fn code_of(error: &anyhow::Error) -> i32 {
     for cause in error.chain() {
         if let Some(error) = cause.downcast_ref::<ConnectError>() {
-            return if error.is_authentication() { REFUSED } else { UNREACHABLE };
+            let refused = error.to_string().contains("authentication failed");
+            return if refused { REFUSED } else { UNREACHABLE };
         }
         if let Some(MdsError::Unavailable(_)) = cause.downcast_ref::<MdsError>() {
             return UNREACHABLE;
@@ -28,4 +29,16 @@ pub fn code_of(error: &anyhow::Error) -> i32 {
         }
     }
     FAILED
+}
+
+/// `cairn stat | head` ends when `head` has seen enough: as other tools do, without a word, and not by a panic.
+pub fn leave_quietly_when_nobody_reads() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload().downcast_ref::<String>().map(String::as_str).unwrap_or_default();
+        if text.starts_with("failed printing to stdout") {
+            std::process::exit(128 + libc::SIGPIPE);
+        }
+        usual(info);
+    }));
 }

@@ -1,7 +1,8 @@
 //! The command line: arguments, one file per verb, screens.
 //!
-//! Data goes to stdout, everything else to stderr. `-o json` works everywhere. Exit codes: 0 done, 1 failed (the reason is
-//! on stderr), 2 the arguments make no sense, 3 no metadata server answers, 4 authentication failed. Start at [`main`].
+//! Data goes to stdout, everything else to stderr. `-o json` works everywhere. Exit codes: 0 done, 1 failed (the reason
+//! is on stderr), 2 the arguments make no sense, 3 no metadata server answers, 4 authentication failed. Start at
+//! [`main`].
 
 pub mod bench;
 pub mod context;
@@ -100,6 +101,7 @@ pub enum Verb {
 
 /// The whole program; gives the exit code.
 pub fn main() -> i32 {
+    exit::leave_quietly_when_nobody_reads();
     // `mount -t fuse.cairn` runs us as a mount helper with its own way of giving arguments.
     if let Some(code) = verbs::mount::run_as_mount_helper() {
         return code;

@@ -1,4 +1,5 @@
-//! Cluster files on a host: who the cluster is, how to reach it, who this host is. Every daemon and the command line use them.
+//! Cluster files on a host: who the cluster is, how to reach it, who this host is. Every daemon and the command line
+//! use them.
 //!
 //! ```text
 //! /etc/cairn/clusters/NAME/bs.list           one ADDRESS:PORT of a metadata server a line; # begins a comment

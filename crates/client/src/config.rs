@@ -47,9 +47,9 @@ pub const REPAIRS_MAX: usize = 16;
 pub enum OnNoSpace {
     /// Waits until there is space.
     Wait,
-    /// Fails with [`cairn_env::block::BlockError::NoSpace`] when no chunk can be allocated or no replica took the write. A
-    /// write that some replicas took and others had no space for waits in either case: failing it would leave the copies
-    /// different.
+    /// Fails with [`cairn_env::block::BlockError::NoSpace`] when no chunk can be allocated or no replica took the
+    /// write. A write that some replicas took and others had no space for waits in either case: failing it would
+    /// leave the copies different.
     Fail,
 }
 

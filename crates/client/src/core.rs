@@ -252,8 +252,8 @@ impl ClientCore {
         self.settle(now, out);
     }
 
-    /// Opens a volume: takes the lease, waiting for its holder to give it back, fences its servers, reconciles its replicas.
-    /// Opening again what is open shares the lease; each open wants its close.
+    /// Opens a volume: takes the lease, waiting for its holder to give it back, fences its servers, reconciles its
+    /// replicas. Opening again what is open shares the lease; each open wants its close.
     pub fn open(&mut self, now: Now, id: VolumeId, mode: LeaseMode, rule: SizeRule, done: OpenDone, out: &mut Effects) {
         self.open_now(now, id, mode, rule, done, out);
         self.settle(now, out);
@@ -321,8 +321,8 @@ impl ClientCore {
         self.settle(now, out);
     }
 
-    /// Gives a handle up: flushes and settles. The lease itself is kept for a while, in case the volume is opened again, and
-    /// given back when somebody else wants it.
+    /// Gives a handle up: flushes and settles. The lease itself is kept for a while, in case the volume is opened
+    /// again, and given back when somebody else wants it.
     pub fn close(&mut self, now: Now, handle: VolumeHandle, done: Box<dyn FnOnce()>, out: &mut Effects) {
         if self.volumes.get(handle.0).is_none() {
             self.done.push(Completion::Closed(done));
@@ -332,7 +332,8 @@ impl ClientCore {
         self.settle(now, out);
     }
 
-    /// Gives a handle up, and the lease with it as soon as no other open of the volume is left. `done` follows the release.
+    /// Gives a handle up, and the lease with it as soon as no other open of the volume is left. `done` follows the
+    /// release.
     pub fn release(&mut self, now: Now, handle: VolumeHandle, done: Box<dyn FnOnce()>, out: &mut Effects) {
         if self.volumes.get(handle.0).is_none() {
             self.done.push(Completion::Closed(done));
@@ -351,14 +352,13 @@ impl ClientCore {
     }
 
     /// The front end knows a new size of the volume.
-    pub fn set_size(&mut self, handle: VolumeHandle, size: u64) {
-        if let Some(volume) = self.volumes.get_mut(handle.0) {
-            volume.set_size(size);
-        }
+    pub fn set_size(&mut self, now: Now, handle: VolumeHandle, size: u64, out: &mut Effects) {
+        self.with_volume(now, out, handle.0, |volume, ctx| volume.set_size(ctx, size));
+        self.settle(now, out);
     }
 
-    /// Closes everything: flushes, settles, gives leases back, ends the session. What cannot be reached within ten seconds is
-    /// left as it is; the next holder reconciles it.
+    /// Closes everything: flushes, settles, gives leases back, ends the session. What cannot be reached within ten
+    /// seconds is left as it is; the next holder reconciles it.
     pub fn shutdown(&mut self, now: Now, done: Box<dyn FnOnce()>, out: &mut Effects) {
         self.shutting_down = true;
         self.shutdown = Some(done);
@@ -461,7 +461,7 @@ impl ClientCore {
             }
             Push::Resized { volume, size } => {
                 if let Some(&key) = self.by_id.get(volume) {
-                    self.volumes.get_mut(key).expect("the table names living volumes").set_size(*size);
+                    self.with_volume(now, out, key, |volume, ctx| volume.set_size(ctx, *size));
                     self.done.push(Completion::Notice(Notice::Resized(VolumeHandle(key), *size)));
                 }
             }

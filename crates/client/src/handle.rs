@@ -76,8 +76,8 @@ impl Client {
         }
     }
 
-    /// Runs `f` on the client's thread, in order of the calls. Waits while too many jobs are waiting, except on that thread
-    /// itself. After [`Client::shutdown`] the job is dropped.
+    /// Runs `f` on the client's thread, in order of the calls. Waits while too many jobs are waiting, except on that
+    /// thread itself. After [`Client::shutdown`] the job is dropped.
     pub fn run(&self, f: impl FnOnce(&LocalClient) + Send + 'static) {
         let inside = *lock(&self.0.thread_id) == Some(std::thread::current().id());
         let mut jobs = lock(&self.0.jobs);

@@ -1,12 +1,12 @@
 //! Links to chunk servers: pipelined requests, resending after a broken link, failure detection.
 //!
-//! A request stays in its server's window until it is answered or cancelled, and is sent again, with the same number and the
-//! same bytes, when the link was lost and came back. A new link begins with `Hello` and a higher generation, which ends the
-//! older link at the server: no packet of the old one can be executed after one of the new.
+//! A request stays in its server's window until it is answered or cancelled, and is sent again, with the same number
+//! and the same bytes, when the link was lost and came back. A new link begins with `Hello` and a higher generation,
+//! which ends the older link at the server: no packet of the old one can be executed after one of the new.
 //!
 //! A server is *unreachable* when its link has been down for [`RECONNECT_WITHIN`] (an attempt under way may take
-//! [`CONNECT_WITHIN`]), or it owes answers and was silent for [`SILENCE_MAX`]. It is reported again every second while somebody
-//! waits for it. Who waits decides what to do; the link is tried on as long as the window holds anything.
+//! [`CONNECT_WITHIN`]), or it owes answers and was silent for [`SILENCE_MAX`]. It is reported again every second while
+//! somebody waits for it. Who waits decides what to do; the link is tried on as long as the window holds anything.
 
 use crate::config::{CONNECT_WITHIN, LINK_WINDOW, RECONNECT_WITHIN, REQUEST_MAX, SILENCE_MAX};
 use crate::io::{Io, LinkUse};
@@ -87,6 +87,11 @@ pub(crate) enum Owner {
 }
 
 impl Owner {
+    /// True for what belongs to a read, which can be asked elsewhere.
+    pub(crate) fn reads(&self) -> bool {
+        matches!(self, Self::Read { .. } | Self::Confirm { .. } | Self::Call { call: CallFor::Extents { .. }, .. })
+    }
+
     /// The volume and its slot of the server.
     pub(crate) fn place(&self) -> (u64, u16) {
         match *self {
@@ -298,8 +303,8 @@ impl Servers {
         }
     }
 
-    /// Forgets the requests `doomed` names: an answer, if one comes, is for nobody. One that was sent keeps its place in the
-    /// window until the server has answered it or the link is gone, because the server counts it too.
+    /// Forgets the requests `doomed` names: an answer, if one comes, is for nobody. One that was sent keeps its place
+    /// in the window until the server has answered it or the link is gone, because the server counts it too.
     pub(crate) fn cancel(&mut self, number: u32, doomed: impl Fn(&Owner) -> bool) {
         let server = self.at(number);
         server.waiting.retain(|sent| !doomed(&sent.owner));

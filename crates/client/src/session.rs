@@ -1,10 +1,11 @@
 //! The session with the metadata servers: one link to the leader, calls that take effect once, renewal.
 //!
-//! A changing call gets its number when it is first sent and keeps it through every retry, so a metadata server that already
-//! carried it out answers from memory (I18). Numbers unanswered never span more than [`CALL_WINDOW`]. Reading calls are
-//! numbered zero and simply asked again. A call ends with an answer that decides, or at its deadline.
+//! A changing call gets its number when it is first sent and keeps it through every retry, so a metadata server that
+//! already carried it out answers from memory (I18). Numbers unanswered never span more than [`CALL_WINDOW`]. Reading
+//! calls are numbered zero and simply asked again. A call ends with an answer that decides, or at its deadline.
 //!
-//! [`Session::renewed_at`] is the moment the last answered renewal was *sent*: the lease lasts at least the term from then.
+//! [`Session::renewed_at`] is the moment the last answered renewal was *sent*: the lease lasts at least the term from
+//! then.
 
 use crate::config::{CALL_WINDOW, CALLS_MAX, CoreConfig, DRIFT_MARGIN, RENEW_EVERY, SILENCE_MAX, TERM_DEFAULT};
 use crate::io::{Io, LinkUse};

@@ -1,7 +1,7 @@
 //! The client on a tokio `current_thread` runtime: [`ClientCore`] driven by the real reactor.
 //!
-//! Callbacks run after the turn in which their work ended, outside of every borrow: they may submit again, which goes out with
-//! the next turn. All that is submitted within one turn leaves with one write per socket.
+//! Callbacks run after the turn in which their work ended, outside of every borrow: they may submit again, which goes
+//! out with the next turn. All that is submitted within one turn leaves with one write per socket.
 
 use crate::config::{ClientConfig, ConnectError, OpenError, SizeRule};
 use crate::core::{ClientCore, Completion, Notice, VolumeHandle};
@@ -44,6 +44,9 @@ struct Connecting {
 #[derive(Clone)]
 pub struct LocalClient(Rc<Inner>);
 
+/// Called when somebody else wants the lease.
+type RecallHook = Box<dyn FnMut(LeaseMode)>;
+
 struct VolumeInner {
     client: LocalClient,
     handle: VolumeHandle,
@@ -52,7 +55,7 @@ struct VolumeInner {
     read_only: bool,
     fenced: Cell<bool>,
     closed: Cell<bool>,
-    recall_hooks: RefCell<Vec<Box<dyn FnMut(LeaseMode)>>>,
+    recall_hooks: RefCell<Vec<RecallHook>>,
 }
 
 impl Drop for VolumeInner {
@@ -306,7 +309,7 @@ impl LocalVolume {
     /// Tells a new size, after the metadata servers have it. Shrinking forgets the map past the end.
     pub fn set_size(&self, size: u64) {
         self.0.size.set(size);
-        self.0.client.0.reactor.with(|core, _, _| core.set_size(self.0.handle, size));
+        self.0.client.0.reactor.with(|core, now, out| core.set_size(now, self.0.handle, size, out));
     }
 
     /// Carries out an operation.

@@ -83,7 +83,8 @@ impl Consensus {
             return Err(SnapshotError::Busy);
         }
         if meta.index <= node.emitted {
-            // The leader does not know how far this node is, or it would not offer: without an answer it offers for ever.
+            // The leader does not know how far this node is, or it would not offer: without an answer it offers for
+            // ever.
             let emitted = node.emitted;
             node.answer_leader(emitted);
             return Err(SnapshotError::Old { index: meta.index, emitted: node.emitted });

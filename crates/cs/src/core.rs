@@ -1,9 +1,10 @@
 //! The chunk server as a sans-IO process around the chunk store.
 //!
 //! Where things are: this file holds the state, the step function and the traffic with the store; [`data`] the request
-//! path of reads and writes; [`calls`] the rare calls; [`control`] operations that change a chunk's or volume's rules and
-//! therefore wait for its writes; [`rebuild`] and [`peers`] the copying of chunks from other servers; [`mds`] the link to
-//! the metadata servers; [`scrub`] the background check. The whole is described in `docs/design/chunk-server.md`.
+//! path of reads and writes; [`calls`] the rare calls; [`control`] operations that change a chunk's or volume's rules
+//! and therefore wait for its writes; [`rebuild`] and [`peers`] the copying of chunks from other servers; [`mds`] the
+//! link to the metadata servers; [`scrub`] the background check. The whole is described in
+//! `docs/design/chunk-server.md`.
 
 mod calls;
 mod control;
@@ -338,7 +339,8 @@ impl CsCore {
             let state = match ChunkTag::decode(&info.tag) {
                 Ok(tag) => tag.state,
                 Err(error) => {
-                    // Whatever the copy was, it is not trusted: it serves nothing until the metadata servers rebuild it.
+                    // Whatever the copy was, it is not trusted: it serves nothing until the metadata servers rebuild
+                    // it.
                     out.log.push(format!("{chunk}: {error}; the copy waits to be rebuilt"));
                     CopyState::Rebuilding { base: None, joined: cairn_types::ChunkVersion(0), suspects: Vec::new() }
                 }

@@ -1,7 +1,7 @@
 //! Accepted links: who is at the other end, how much it has outstanding, and which link of a session is the newest.
 //!
-//! Bounds: a peer may have [`WINDOW_MAX`] requests outstanding on one link and is cut off when it sends more, so all that
-//! can wait here is `links * WINDOW_MAX` requests of at most 1 MiB. The shell bounds the number of links.
+//! Bounds: a peer may have [`WINDOW_MAX`] requests outstanding on one link and is cut off when it sends more, so all
+//! that can wait here is `links * WINDOW_MAX` requests of at most 1 MiB. The shell bounds the number of links.
 
 use cairn_stdx::FixedMap;
 use cairn_types::NodeId;

@@ -1,9 +1,9 @@
 //! Durable marks: for one epoch of one volume, up to which sequence everything received here is durable.
 //!
-//! The mark D promises: every write of the epoch that this server took with a sequence up to D is durable. Writes arrive
-//! nearly in order of sequence, so the undurable ones stand in a deque sorted by sequence: appending, finding and
-//! dropping cost next to nothing. A write refused and sent again may come with a sequence at or below a mark already
-//! given out; it must be durable before it is answered, which [`Marks::must_be_durable`] tells.
+//! The mark D promises: every write of the epoch that this server took with a sequence up to D is durable. Writes
+//! arrive nearly in order of sequence, so the undurable ones stand in a deque sorted by sequence: appending, finding
+//! and dropping cost next to nothing. A write refused and sent again may come with a sequence at or below a mark
+//! already given out; it must be durable before it is answered, which [`Marks::must_be_durable`] tells.
 
 use cairn_types::Sequence;
 use std::collections::VecDeque;
@@ -39,12 +39,14 @@ impl Marks {
         Self { entries: VecDeque::new(), received_max: 0, seen_max: seen_max.0, published: 0 }
     }
 
-    /// Highest sequence of this epoch seen here, before a restart or after: only writes at or below it can be duplicates.
+    /// Highest sequence of this epoch seen here, before a restart or after: only writes at or below it can be
+    /// duplicates.
     pub fn seen_max(&self) -> Sequence {
         Sequence(self.seen_max)
     }
 
-    /// True when a write with this sequence must be durable before it is answered: a mark that covers it is out already.
+    /// True when a write with this sequence must be durable before it is answered: a mark that covers it is out
+    /// already.
     pub fn must_be_durable(&self, sequence: Sequence) -> bool {
         sequence.0 <= self.published
     }

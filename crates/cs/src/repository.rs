@@ -311,8 +311,8 @@ fn lock(dir: &Path) -> Result<File, RepositoryError> {
 /// `progress` hears of the bytes written while the store file is filled.
 ///
 /// # Errors
-/// [`RepositoryError`] saying what is wrong and what to do. A directory that was half made holds no `cs.conf` and can be
-/// made again.
+/// [`RepositoryError`] saying what is wrong and what to do. A directory that was half made holds no `cs.conf` and can
+/// be made again.
 pub fn make_cs(make: &MakeCs, progress: impl FnMut(u64)) -> Result<CsIdentity, RepositoryError> {
     let dir = &make.dir;
     if make.tier > 3 {

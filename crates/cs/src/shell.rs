@@ -176,7 +176,7 @@ async fn open_store(repository: &Repository) -> Result<Disk, CsRunError> {
 fn keep_identity(reactor: &Reactor<CsCore>, mut repository: Repository) {
     reactor.after_turn(move |reactor| {
         // Cheap after every turn: two words are compared.
-        let Some(cs) = reactor.peek(CsCore::id) else { return };
+        let Some(cs) = reactor.peek(|core| core.id()) else { return };
         if repository.identity().cs == Some(cs) {
             return;
         }
@@ -188,8 +188,8 @@ fn keep_identity(reactor: &Reactor<CsCore>, mut repository: Repository) {
     });
 }
 
-/// The address to tell the cluster: the one listened on, or, when that is any address, the one that reaches the metadata
-/// servers.
+/// The address to tell the cluster: the one listened on, or, when that is any address, the one that reaches the
+/// metadata servers.
 fn announced_address(listener: &TcpListener, mds: SocketAddr) -> io::Result<SocketAddr> {
     let mut addr = listener.local_addr()?;
     if addr.ip().is_unspecified() {
@@ -209,7 +209,7 @@ impl RunningCs {
         let signal = Rc::new(RefCell::new(Some(Rc::clone(&stopped))));
         self.reactor.with(|core, now, out| core.prepare_stop(now, out));
         self.reactor.after_turn(move |reactor| {
-            if signal.borrow().is_some() && reactor.peek(CsCore::is_ready_to_stop) {
+            if signal.borrow().is_some() && reactor.peek(|core| core.is_ready_to_stop()) {
                 signal.borrow_mut().take().expect("looked at above").notify_one();
             }
         });

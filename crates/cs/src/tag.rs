@@ -1,5 +1,5 @@
-//! The bytes a chunk server keeps with each copy in the store's `tag`: what state the copy is in, and a map fragment from
-//! which the metadata can be found again when every metadata server is lost (I21).
+//! The bytes a chunk server keeps with each copy in the store's `tag`: what state the copy is in, and a map fragment
+//! from which the metadata can be found again when every metadata server is lost (I21).
 //!
 //! Layout, version 1, little-endian:
 //!
@@ -42,8 +42,8 @@ pub enum CopyState {
     Rebuilding {
         /// The version at which the copy was whole; none when it began empty.
         base: Option<ChunkVersion>,
-        /// The version with which this server joined the replica set: names the rebuild. Client writes taken since then
-        /// are good only as long as the server stayed in the set.
+        /// The version with which this server joined the replica set: names the rebuild. Client writes taken since
+        /// then are good only as long as the server stayed in the set.
         joined: ChunkVersion,
         /// Runs of blocks the copy had unsettled writes in before it joined: fetched whatever their version says.
         suspects: Vec<(u32, u32)>,

@@ -1,11 +1,11 @@
 //! Turning never-written extents of a store file into written ones, ahead of the store.
 //!
 //! A file that was only allocated makes each first write also a journalled change of its extent map; a flush then takes
-//! about twice as long (`docs/design/runtime.md`). Writing the whole file with zeros before first use would take seconds
-//! per store, so the ring writes zeros a bounded distance ahead of the furthest write, one piece at a time.
+//! about twice as long (`docs/design/runtime.md`). Writing the whole file with zeros before first use would take
+//! seconds per store, so the ring writes zeros a bounded distance ahead of the furthest write, one piece at a time.
 //!
-//! Invariant: a range the store has written, or is about to, is never filled. A range leaves the set of unwritten ranges
-//! when the store asks to write it, and a store write that meets the piece being filled waits for that piece.
+//! Invariant: a range the store has written, or is about to, is never filled. A range leaves the set of unwritten
+//! ranges when the store asks to write it, and a store write that meets the piece being filled waits for that piece.
 
 use std::collections::BTreeMap;
 

@@ -1,9 +1,9 @@
 //! The loop that drives one process.
 //!
 //! Events are stepped where they arise: a link's task steps the frames it has read, the timer its event. Each of them
-//! then *schedules a turn*. The turn's task runs behind all tasks that are ready now, so one turn serves everything that
-//! had arrived: it collects disk completions, steps [`Event::Turn`], carries out the effects of all steps in order,
-//! writes every link that has output and submits the ring once.
+//! then *schedules a turn*. The turn's task runs behind all tasks that are ready now, so one turn serves everything
+//! that had arrived: it collects disk completions, steps [`Event::Turn`], carries out the effects of all steps in
+//! order, writes every link that has output and submits the ring once.
 
 use crate::clock;
 use crate::disk::Disk;

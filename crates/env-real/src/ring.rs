@@ -1,7 +1,7 @@
 //! The disks of a reactor behind one io_uring.
 //!
-//! Requests enter by [`Ring::enqueue`], reach the kernel once per turn in [`Ring::submit`], and leave by [`Ring::drain`]
-//! or, when their deadline passes first, by [`Ring::expire`]. Rules:
+//! Requests enter by [`Ring::enqueue`], reach the kernel once per turn in [`Ring::submit`], and leave by
+//! [`Ring::drain`] or, when their deadline passes first, by [`Ring::expire`]. Rules:
 //! - what the kernel may read or write (buffers and io vectors) lives in a *slot* until the kernel has let go of it; a
 //!   request that timed out keeps its slot until then, and its late completion is dropped;
 //! - at most [`IN_FLIGHT_MAX`] requests per disk are in the kernel, so the submission queue can never be full; the rest

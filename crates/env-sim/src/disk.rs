@@ -409,8 +409,8 @@ impl SimDisk {
         self.stale.insert(number, self.visible(number));
     }
 
-    /// Undoes every fault: armed ones are forgotten, rotten, lost and misdirected pages show their true content, hanging
-    /// requests complete again.
+    /// Undoes every fault: armed ones are forgotten, rotten, lost and misdirected pages show their true content,
+    /// hanging requests complete again.
     pub fn lift_faults(&mut self) {
         self.armed.clear();
         self.faulty.clear();
@@ -446,8 +446,9 @@ impl SimDisk {
         all
     }
 
-    /// Power fails: of every sector not covered by a flush, `choose(page, sector, versions)` picks what is on the medium
-    /// afterwards: 0 is the stable content, `1..=versions` the writes since, in order. In-flight requests vanish.
+    /// Power fails: of every sector not covered by a flush, `choose(page, sector, versions)` picks what is on the
+    /// medium afterwards: 0 is the stable content, `1..=versions` the writes since, in order. In-flight requests
+    /// vanish.
     pub fn power_cut_choose(&mut self, choose: &mut dyn FnMut(u64, usize, usize) -> usize) {
         for (number, versions) in self.candidates() {
             let mut page = Arc::clone(self.stable.get(&number).unwrap_or(&self.zero));

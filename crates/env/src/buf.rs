@@ -76,6 +76,23 @@ impl Buf {
         Self { pages: Arc::clone(&self.pages), start: self.start + start, len }
     }
 
+    /// The buffer for writing again, when nobody else shares it; otherwise this one back. Spares an allocation where
+    /// buffers come and go at a high rate. The bytes keep their values.
+    ///
+    /// # Errors
+    /// The buffer itself, when it is shared or a part of another.
+    pub fn try_into_mut(self) -> Result<BufMut, Buf> {
+        let (start, len) = (self.start, self.len);
+        if start != 0 {
+            return Err(self);
+        }
+        match Arc::try_unwrap(self.pages) {
+            Ok(pages) if len.div_ceil(4096) == pages.len() => Ok(BufMut { pages, len }),
+            Ok(pages) => Err(Buf { pages: Arc::new(pages), start, len }),
+            Err(pages) => Err(Buf { pages, start, len }),
+        }
+    }
+
     /// True when the start of this slice is aligned to 4096 bytes in memory.
     pub fn is_aligned(&self) -> bool {
         self.start.is_multiple_of(4096)
@@ -122,5 +139,10 @@ mod tests {
         assert!(part.is_aligned() && part[904] == 7 && part.len() == 4096);
         assert!(!buf.slice(1, 2).is_aligned());
         assert!(Buf::default().is_empty());
+        drop(part);
+        let shared = buf.clone();
+        let buf = buf.try_into_mut().err().unwrap();
+        drop(shared);
+        assert_eq!(buf.try_into_mut().unwrap()[5000], 7);
     }
 }

@@ -1,8 +1,10 @@
-//! The durable image of the metadata state: what the overlay's memtable is flushed into and what a lagging server receives.
+//! The durable image of the metadata state: what the overlay's memtable is flushed into and what a lagging server
+//! receives.
 //!
-//! The image always stands at one index of the log, its [`ImageMark`]. The state machine reads *active memtable → frozen
-//! memtable → image*; a checkpoint moves the frozen memtable into the image in one transaction, then the log up to the
-//! mark may go. In production the image is a redb file written by a thread of its own; the simulator keeps it in memory.
+//! The image always stands at one index of the log, its [`ImageMark`]. The state machine reads *active memtable →
+//! frozen memtable → image*; a checkpoint moves the frozen memtable into the image in one transaction, then the log up
+//! to the mark may go. In production the image is a redb file written by a thread of its own; the simulator keeps it in
+//! memory.
 
 use cairn_meta::BaseKv;
 use std::collections::BTreeMap;

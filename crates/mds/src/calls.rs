@@ -6,7 +6,7 @@ use cairn_consensus::ProposeError;
 use cairn_meta::{Command, Recipient};
 use cairn_stdx::FixedMap;
 use cairn_types::{ClientId, CsId, NodeId};
-use cairn_wire::mds::{Call, MdsError, MdsReply, MdsRequest, Push};
+use cairn_wire::mds::{Call, ClusterHealth, MdsError, MdsReply, MdsRequest, Push};
 use cairn_wire::{Effects, FrameKind, LinkId, Now};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -95,8 +95,8 @@ impl Calls {
         }
     }
 
-    /// Proposals of a leader that no longer leads: each will come back as committed or dropped, nothing to do for those;
-    /// pushes have no addressee any more.
+    /// Proposals of a leader that no longer leads: each will come back as committed or dropped, nothing to do for
+    /// those; pushes have no addressee any more.
     pub fn lost_leadership(&mut self, effects: &mut Effects) {
         // Sessions follow the leader: closing their links makes them look for it at once.
         for (_, link) in std::mem::take(&mut self.sessions) {
@@ -226,11 +226,25 @@ impl<B: Base> MdsCore<B> {
         match answer {
             Ok(MdsReply::Stat(stat)) => {
                 stat.leader = leader;
+                stat.mds_silent = self.silent_peers();
+                if !stat.mds_silent.is_empty() && stat.health == ClusterHealth::Healthy {
+                    stat.health = ClusterHealth::Degraded;
+                }
                 self.duty.freshen(&mut stat.cs);
             }
             Ok(MdsReply::Topology { cs, .. }) => self.duty.freshen(cs),
             _ => {}
         }
+    }
+
+    /// Metadata servers that have not answered this leader lately; a follower cannot tell.
+    fn silent_peers(&self) -> Vec<cairn_types::MdsId> {
+        let peers = self.consensus.status().peers;
+        peers
+            .iter()
+            .filter(|peer| self.leading && !peer.active && peer.id != self.config.id)
+            .map(|peer| peer.id)
+            .collect()
     }
 
     fn own_status(&self) -> MdsReply {

@@ -189,7 +189,7 @@ impl<B: Base> MdsCore<B> {
                 if let Some(token) = committed.token {
                     self.calls.forget(token);
                 }
-                self.members_changed(&members, effects);
+                self.members_changed(change, &members, effects);
             }
             CommittedKind::Command(bytes) => {
                 let applied = self.meta.apply(committed.index, &bytes);
@@ -291,6 +291,11 @@ impl<B: Base> Process for MdsCore<B> {
             Event::Turn => self.consensus.turn(now.mono, &mut self.out),
         }
         self.drain(now, effects);
+        if !self.open {
+            // The log is being read: its disk wakes us. The duties stand since before time began and would have us
+            // spin.
+            return;
+        }
         let duty = self.duty.next(DUTY_PERIOD).max(now.mono);
         effects.wake_at(self.consensus.next_tick().map_or(duty, |tick| tick.min(duty)));
     }

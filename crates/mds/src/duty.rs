@@ -1,5 +1,6 @@
 //! What a leader does by itself: ends silent sessions, notices silent chunk servers, moves members in and out, lets the
-//! background work of the state go on. What it knows for that is volatile; a new leader starts with everybody heard just now.
+//! background work of the state go on. What it knows for that is volatile; a new leader starts with everybody heard
+//! just now.
 
 use crate::base::Base;
 use crate::core::MdsCore;

@@ -5,7 +5,7 @@
 
 use crate::base::Base;
 use crate::core::MdsCore;
-use cairn_consensus::Members;
+use cairn_consensus::{Change, Members};
 use cairn_types::{Duration, Instant, MdsId, NodeId};
 use cairn_wire::mds::MdsInfo;
 use cairn_wire::{Effects, FrameKind, LinkId, NetEffect, Now};
@@ -108,16 +108,13 @@ impl<B: Base> MdsCore<B> {
         }
     }
 
-    pub(crate) fn members_changed(&mut self, members: &Members, effects: &mut Effects) {
+    pub(crate) fn members_changed(&mut self, change: Change, members: &Members, effects: &mut Effects) {
         self.refresh_group();
-        if !members.contains(self.config.id) && !members.voters.is_empty() && self.meta.identity().is_some() {
-            let known = self.meta.registry().any(|entry| entry.info.mds == self.config.id && !entry.leaving);
-            if !known {
-                effects.fatal = Some(format!(
-                    "this metadata server ({}) was removed from the cluster; its directory {} may be deleted",
-                    self.config.id, self.config.repository
-                ));
-            }
+        if change == Change::Remove(self.config.id) {
+            effects.fatal = Some(format!(
+                "this metadata server ({}) was removed from the cluster; its directory {} may be deleted",
+                self.config.id, self.config.repository
+            ));
         }
         let admitted: Vec<MdsId> = self.meta.registry().map(|entry| entry.info.mds).collect();
         self.group.retain(|id| members.contains(id) || admitted.contains(&id), effects);

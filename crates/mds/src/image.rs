@@ -1,8 +1,9 @@
 //! State images for servers that lag behind the log: the leader streams its durable image, the other installs it.
 //!
-//! Frames of kind `Image`: pieces with a prefix go to the lagging server over the leader's link, and an empty frame with the
-//! piece's number comes back for each, so that only a window of pieces is ever under way. The receiver announces the image
-//! to its log first (`prepare_snapshot`), collects it beside its old state and swaps it in as a whole.
+//! Frames of kind `Image`: pieces with a prefix go to the lagging server over the leader's link, and an empty frame
+//! with the piece's number comes back for each, so that only a window of pieces is ever under way. The receiver
+//! announces the image to its log first (`prepare_snapshot`), collects it beside its old state and swaps it in as a
+//! whole.
 
 use crate::base::{Base, ImageMark, ImageReader};
 use crate::checkpoint::{decode_members, encode_members};

@@ -1,8 +1,8 @@
 //! The durable image in a redb file, written by one thread of its own so that the reactor never waits for it.
 //!
-//! Reads go to a read transaction of the last flush: pages come from redb's cache or the page cache. Two tables: `state`
-//! with the pairs, `mark` with the [`ImageMark`]; both change in one transaction. An installation fills `incoming` and is
-//! swapped in by renaming the table.
+//! Reads go to a read transaction of the last flush: pages come from redb's cache or the page cache. Two tables:
+//! `state` with the pairs, `mark` with the [`ImageMark`]; both change in one transaction. An installation fills
+//! `incoming` and is swapped in by renaming the table.
 
 use crate::base::{Base, BaseError, Changes, ImageMark, ImageReader, Pairs};
 use cairn_meta::BaseKv;

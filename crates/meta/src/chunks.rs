@@ -1,7 +1,7 @@
 //! Chunk maps: allocating, dropping, and every change of a replica set.
 //!
-//! All changes of a chunk go through [`Meta::set_chunk`]: it keeps the counts, the repair queue, the indexes by server and
-//! the outstanding orders in step with the record. A version change is a record with a higher version; the set of a
+//! All changes of a chunk go through [`Meta::set_chunk`]: it keeps the counts, the repair queue, the indexes by server
+//! and the outstanding orders in step with the record. A version change is a record with a higher version; the set of a
 //! version never changes.
 
 use crate::command::Answer;
@@ -89,8 +89,8 @@ impl<K: Kv> Meta<K> {
         self.record(&keys::copy(cs, chunk))
     }
 
-    /// Replaces a chunk's record (none: it did not or does not exist), with all that follows. `raise` orders the current
-    /// replicas to adopt the version, for changes that no lease holder carries out.
+    /// Replaces a chunk's record (none: it did not or does not exist), with all that follows. `raise` orders the
+    /// current replicas to adopt the version, for changes that no lease holder carries out.
     pub(crate) fn set_chunk(
         &mut self,
         volume: VolumeId,
@@ -175,8 +175,8 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// Each server has at most one order per chunk, which follows from its part: rebuild when rebuilding, delete when its
-    /// copy is to go, raise when it is current and the version was changed by us.
+    /// Each server has at most one order per chunk, which follows from its part: rebuild when rebuilding, delete when
+    /// its copy is to go, raise when it is current and the version was changed by us.
     fn reconcile_orders(
         &mut self,
         volume: VolumeId,

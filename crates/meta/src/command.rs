@@ -28,7 +28,8 @@ pub enum Command {
         /// The leader's clock.
         wall_ns: u64,
     },
-    /// A session has not renewed for its term: it ends, but its leases stay where they are until [`Command::LeasesFree`].
+    /// A session has not renewed for its term: it ends, but its leases stay where they are until
+    /// [`Command::LeasesFree`].
     SessionExpired {
         /// The session.
         client: ClientId,

@@ -1,7 +1,7 @@
 //! Attributes, extended attributes, open handles, and the end of an inode.
 //!
-//! An inode without a name lives on while a session has it open, be it by [`MdsRequest::OpenHandle`] or by a lease on its
-//! content. When the last of them goes, its chunks and attributes are freed in the background.
+//! An inode without a name lives on while a session has it open, be it by [`MdsRequest::OpenHandle`] or by a lease on
+//! its content. When the last of them goes, its chunks and attributes are freed in the background.
 //!
 //! [`MdsRequest::OpenHandle`]: cairn_wire::mds::MdsRequest::OpenHandle
 

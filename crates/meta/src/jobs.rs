@@ -200,9 +200,9 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// Stops copying to new servers when too much is offline: a bigger outage is for an operator (D04, D24). A host that is
-    /// gone as a whole counts as one host; other offline servers count one by one. Both limits grow with the cluster: 2 %
-    /// of the servers, 5 % of the hosts. Zero turns a limit off.
+    /// Stops copying to new servers when too much is offline: a bigger outage is for an operator (D04, D24). A host
+    /// that is gone as a whole counts as one host; other offline servers count one by one. Both limits grow with
+    /// the cluster: 2 % of the servers, 5 % of the hosts. Zero turns a limit off.
     fn update_brake(&mut self) {
         let mut hosts: BTreeMap<HostId, (u64, u64)> = BTreeMap::new();
         for server in self.servers.values().filter(|server| !server.dropped) {

@@ -171,9 +171,9 @@ pub fn number(key: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(key[at..at + 8].try_into().expect("eight bytes"))
 }
 
-/// 55 bits of hash of a name within its directory, the highest always set, so that a cookie made of it is positive as an
-/// `off_t` and never one of the small numbers front ends use for `.` and `..`. Two rounds of folded multiplication, in
-/// the manner of wyhash; the order of a listing is the order of these hashes.
+/// 55 bits of hash of a name within its directory, the highest always set, so that a cookie made of it is positive as
+/// an `off_t` and never one of the small numbers front ends use for `.` and `..`. Two rounds of folded multiplication,
+/// in the manner of wyhash; the order of a listing is the order of these hashes.
 pub fn name_hash(parent: InodeId, name: &[u8]) -> u64 {
     fn fold(a: u64, b: u64) -> u64 {
         let product = u128::from(a) * u128::from(b);

@@ -41,9 +41,10 @@ pub trait Kv: BaseKv {
 /// Longest key kept inside [`Key`].
 const KEY_INLINE_MAX: usize = 30;
 
-/// A key in memory. Nearly all are short enough to lie inside, so that a search compares them without a cache miss each.
+/// A key of a [`MemKv`]. Nearly all are short enough to lie inside, so that a search compares them without a cache miss
+/// each.
 #[derive(Clone)]
-pub enum Key {
+enum Key {
     /// Length and bytes.
     Inline(u8, [u8; KEY_INLINE_MAX]),
     /// A long one.
@@ -54,7 +55,7 @@ const _: () = assert!(size_of::<Key>() == 32);
 
 impl Key {
     /// The bytes.
-    pub fn as_slice(&self) -> &[u8] {
+    fn as_slice(&self) -> &[u8] {
         match self {
             Key::Inline(length, bytes) => &bytes[..usize::from(*length)],
             Key::Heap(bytes) => bytes,
@@ -175,7 +176,7 @@ impl Kv for MemKv {
 }
 
 /// Changes not yet in the base; `None` is a deletion.
-pub type Memtable = BTreeMap<Key, Option<Vec<u8>>>;
+pub type Memtable = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// A memtable over a base. Reads consult the active memtable, then the frozen one, then the base.
 #[derive(Debug)]
@@ -250,7 +251,7 @@ impl<B: BaseKv> Overlay<B> {
         match self.active.get_mut(key) {
             Some(slot) => *slot = value,
             None => {
-                self.active.insert(Key::from(key), value);
+                self.active.insert(key.to_vec(), value);
             }
         }
     }
@@ -315,8 +316,8 @@ impl<B: BaseKv> BaseKv for Overlay<B> {
             ];
             let Some(key) = keys.into_iter().flatten().min().map(<[u8]>::to_vec) else { break };
             let from_base = pager.page.pop_front_if(|(front, _)| *front == key).map(|(_, value)| Some(value));
-            let from_frozen = frozen.next_if(|(front, _)| front.as_slice() == key).map(|(_, value)| value.clone());
-            let from_active = active.next_if(|(front, _)| front.as_slice() == key).map(|(_, value)| value.clone());
+            let from_frozen = frozen.next_if(|(front, _)| **front == key).map(|(_, value)| value.clone());
+            let from_active = active.next_if(|(front, _)| **front == key).map(|(_, value)| value.clone());
             if let Some(Some(value)) = from_active.or(from_frozen).or(from_base) {
                 result.push((key, value));
             }
@@ -365,8 +366,8 @@ mod tests {
                         if let Some(frozen) = pending.take() {
                             for (key, value) in frozen.iter() {
                                 match value {
-                                    Some(value) => overlay.base_mut().put(key.as_slice(), value.clone()),
-                                    None => overlay.base_mut().delete(key.as_slice()),
+                                    Some(value) => overlay.base_mut().put(key, value.clone()),
+                                    None => overlay.base_mut().delete(key),
                                 }
                             }
                             overlay.flushed();

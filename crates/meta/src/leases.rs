@@ -1,8 +1,8 @@
 //! Leases: one exclusive holder or any number of shared ones per volume, told apart by epochs.
 //!
-//! An exclusive grant always takes a fresh epoch. Shared holders share one, the first of them taking a fresh one, so that a
-//! further reader does not fence the others. A volume that was not released cleanly has tails to reconcile, which needs
-//! writing: whoever comes first gets it exclusively, even when only a shared lease was asked for.
+//! An exclusive grant always takes a fresh epoch. Shared holders share one, the first of them taking a fresh one, so
+//! that a further reader does not fence the others. A volume that was not released cleanly has tails to reconcile,
+//! which needs writing: whoever comes first gets it exclusively, even when only a shared lease was asked for.
 
 use crate::command::{Answer, Recipient};
 use crate::keys;

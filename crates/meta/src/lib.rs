@@ -1,8 +1,8 @@
 //! The metadata state machine: namespace, volumes, leases, chunk maps, chunk servers, repair planning.
 //!
 //! [`Meta`] is a deterministic function of the log: no clock, no randomness, no hash order, no IO. Time comes with the
-//! commands. Its state is an ordered store ([`Kv`]) plus a few resident records that are written to it at checkpoints; a
-//! server starts from its last checkpoint and replays the log from there. See `docs/design/metadata.md` and
+//! commands. Its state is an ordered store ([`Kv`]) plus a few resident records that are written to it at checkpoints;
+//! a server starts from its last checkpoint and replays the log from there. See `docs/design/metadata.md` and
 //! `docs/formats/metadata.md`.
 //!
 //! Invariants, asserted where they could break:
@@ -42,7 +42,7 @@ mod volumes;
 pub use chunks::ALLOCATE_MAX;
 pub use command::{Answer, Applied, COMMAND_VERSION, Command, CommandError, MetaEffect, Recipient};
 pub use inodes::SIZE_MAX;
-pub use kv::{BaseKv, Key, Kv, MemKv, Memtable, Overlay, Pairs};
+pub use kv::{BaseKv, Kv, MemKv, Memtable, Overlay, Pairs};
 pub use servers::{ORDERS_MAX, REPORT_MAX};
 pub use sessions::{SESSION_TERM_MS, SESSION_WINDOW};
 pub use state::Meta;

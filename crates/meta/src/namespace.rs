@@ -1,7 +1,7 @@
 //! The namespace tree: looking up, creating, linking, removing. Renaming is in [`crate::rename`].
 //!
-//! A directory's entries are keyed by a hash of the name, which makes a listing resumable at a stable cookie and a lookup
-//! one read. Permission is the front end's business; the rules here are those that hold for root too.
+//! A directory's entries are keyed by a hash of the name, which makes a listing resumable at a stable cookie and a
+//! lookup one read. Permission is the front end's business; the rules here are those that hold for root too.
 
 use crate::command::Answer;
 use crate::keys;

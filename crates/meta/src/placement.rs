@@ -1,9 +1,10 @@
-//! Placement: which servers get the copies of a chunk. Pure: a function of the wish and of what is known of the servers.
+//! Placement: which servers get the copies of a chunk. Pure: a function of the wish and of what is known of the
+//! servers.
 //!
 //! Servers are drawn pseudo-randomly by chunk id, weighted by free space and by how short their queue is; whole numbers
-//! only, so that every metadata server draws the same. Copies differ on the level of the failure domain. When the wished
-//! tier has no room, the next lower ones are tried, then the higher ones, unless tiers are strict. When domains are
-//! advisory, copies that find no domain of their own share one, but never a server.
+//! only, so that every metadata server draws the same. Copies differ on the level of the failure domain. When the
+//! wished tier has no room, the next lower ones are tried, then the higher ones, unless tiers are strict. When domains
+//! are advisory, copies that find no domain of their own share one, but never a server.
 
 use crate::record::{Server, Standing};
 use cairn_types::{ChunkId, CsId, FailureDomain};

@@ -1,9 +1,9 @@
 //! Repair: what state a chunk is in, what is to be done about it, and the orders that do it.
 //!
-//! A chunk that needs work stands in the repair queue, blocked before urgent before degraded before tidying. A copy is made
-//! by a version change that adds a rebuilding replica, which gets all writes from then on; when its server reports that the
-//! rest is copied, a second version change promotes it. Servers that came back are freshened before new ones are filled.
-//! Copies beyond the wanted number go only once the others are current.
+//! A chunk that needs work stands in the repair queue, blocked before urgent before degraded before tidying. A copy is
+//! made by a version change that adds a rebuilding replica, which gets all writes from then on; when its server reports
+//! that the rest is copied, a second version change promotes it. Servers that came back are freshened before new ones
+//! are filled. Copies beyond the wanted number go only once the others are current.
 
 use crate::kv::Kv;
 use crate::placement::{self, Wish};
@@ -78,8 +78,8 @@ impl<K: Kv> Meta<K> {
 
     /// The state of a chunk, and the priority with which it needs work, if it does.
     ///
-    /// A chunk below its minimum only because servers have just become silent is blocked, but nothing is copied for it: as
-    /// long as nobody writes, they are expected back; who writes takes them out of the set, and then it is.
+    /// A chunk below its minimum only because servers have just become silent is blocked, but nothing is copied for it:
+    /// as long as nobody writes, they are expected back; who writes takes them out of the set, and then it is.
     pub(crate) fn evaluate(&self, chunk: &Chunk) -> (ChunkState, Option<u8>) {
         let census = self.census(chunk);
         let (normal, minimum) = (usize::from(chunk.replicas_normal), usize::from(chunk.minimum));
@@ -141,8 +141,8 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// Adds rebuilding replicas where copies are missing, and takes out what is lost or too much. All of it is one version
-    /// change. Returns when to look again if work remains.
+    /// Adds rebuilding replicas where copies are missing, and takes out what is lost or too much. All of it is one
+    /// version change. Returns when to look again if work remains.
     fn plan_copies(&mut self, chunk: &mut Chunk, policy: &Policy) -> u64 {
         let lost: Vec<CsId> = chunk
             .replicas
@@ -229,8 +229,9 @@ impl<K: Kv> Meta<K> {
         (targets, retry_ns)
     }
 
-    /// Takes out the current replicas beyond the normal number: those on departing servers first, then those that share a
-    /// domain, then those on silent servers, then those on the fullest. Does nothing until enough others are current.
+    /// Takes out the current replicas beyond the normal number: those on departing servers first, then those that share
+    /// a domain, then those on silent servers, then those on the fullest. Does nothing until enough others are
+    /// current.
     fn drop_surplus(&mut self, chunk: &mut Chunk, policy: &Policy) {
         let normal = usize::from(chunk.replicas_normal);
         let census = self.census(chunk);
@@ -362,8 +363,8 @@ impl<K: Kv> Meta<K> {
             return;
         }
         self.set_order(cs, done.chunk, Some(order), None);
-        // The server does not have what it should: the copy is stale, unless nothing was ever written there. A server whose
-        // disk failed keeps its place until it is replaced or comes back.
+        // The server does not have what it should: the copy is stale, unless nothing was ever written there. A server
+        // whose disk failed keeps its place until it is replaced or comes back.
         let failed = self.servers.get(&cs).is_none_or(|server| server.failed.is_some());
         if done.version == old.version && !failed && !old.is_last_current(cs) && old.replica(cs).is_some() {
             let mut new = old.clone();

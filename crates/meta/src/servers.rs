@@ -187,8 +187,8 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// A scrub found a bad block: the whole copy goes and is made again elsewhere, unless it is the last one, whose good
-    /// blocks are still needed.
+    /// A scrub found a bad block: the whole copy goes and is made again elsewhere, unless it is the last one, whose
+    /// good blocks are still needed.
     fn copy_damaged(&mut self, cs: CsId, id: ChunkId, block: u32) {
         let Some((volume, index)) = self.place(cs, id) else { return };
         let old = self.chunk(volume, index).expect("the index by server names chunks that exist");

@@ -1,7 +1,7 @@
 //! Sessions: who calls, and that each of its calls takes effect once (I18).
 //!
-//! A session remembers the answers its client has not acknowledged. A call number seen before is answered from there; one
-//! that was acknowledged is refused, so that a packet from long ago does nothing.
+//! A session remembers the answers its client has not acknowledged. A call number seen before is answered from there;
+//! one that was acknowledged is refused, so that a packet from long ago does nothing.
 
 use crate::command::{Answer, MetaEffect};
 use crate::keys;
@@ -182,8 +182,8 @@ impl<K: Kv> Meta<K> {
         self.sessions.get(&client).is_some_and(|session| session.state == SessionState::Live)
     }
 
-    /// Every session whose term the leader watches: live ones expire when silent ([`crate::Command::SessionExpired`]); ended
-    /// ones (`false`) wait for [`crate::Command::LeasesFree`].
+    /// Every session whose term the leader watches: live ones expire when silent ([`crate::Command::SessionExpired`]);
+    /// ended ones (`false`) wait for [`crate::Command::LeasesFree`].
     pub fn sessions(&self) -> impl Iterator<Item = (ClientId, bool)> + '_ {
         self.sessions.iter().filter_map(|(client, session)| match session.state {
             SessionState::Live => Some((*client, true)),

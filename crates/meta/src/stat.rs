@@ -31,9 +31,9 @@ impl<K: Kv> Meta<K> {
 
     /// Chunks by state.
     ///
-    /// Each chunk counts once among offline, blocked, urgent, degraded, standby, overcommitted and healthy, under the most
-    /// serious. Beside that, `pending` counts blocked ones in the repair queue, `replicating` those with a copy being made,
-    /// `void` those no server has reported yet, and `deleting` copies being removed.
+    /// Each chunk counts once among offline, blocked, urgent, degraded, standby, overcommitted and healthy, under the
+    /// most serious. Beside that, `pending` counts blocked ones in the repair queue, `replicating` those with a
+    /// copy being made, `void` those no server has reported yet, and `deleting` copies being removed.
     pub fn chunk_counts(&self) -> ChunkCounts {
         self.globals.counts
     }
@@ -71,6 +71,7 @@ impl<K: Kv> Meta<K> {
             chunks: self.globals.counts,
             mds: self.members().collect(),
             leader: None,
+            mds_silent: Vec::new(),
             cs: self.cs_infos(),
             clients: clients
                 .map(|(client, session)| SessionInfo {
@@ -83,8 +84,8 @@ impl<K: Kv> Meta<K> {
         }))
     }
 
-    /// Space as seen by a user of the root directory's redundancy: copies need different failure domains, so the largest
-    /// domain may not count in full.
+    /// Space as seen by a user of the root directory's redundancy: copies need different failure domains, so the
+    /// largest domain may not count in full.
     pub(crate) fn stat_fs(&self) -> MdsReply {
         let policy = self.inode(InodeId::ROOT).map(|root| root.policy).unwrap_or_default();
         let slots = placement::slots(&self.servers, self.config("mds.alloc.fill_margin"));

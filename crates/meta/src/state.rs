@@ -316,8 +316,8 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// A page of the state for an image: pairs after `after`, ascending, all tables. Valid from [`Meta::checkpoint`] until
-    /// the next [`Meta::apply`]; to stream while commands go on, read a snapshot of the base instead.
+    /// A page of the state for an image: pairs after `after`, ascending, all tables. Valid from [`Meta::checkpoint`]
+    /// until the next [`Meta::apply`]; to stream while commands go on, read a snapshot of the base instead.
     pub fn image_page(&self, after: Option<&[u8]>, limit: usize) -> Pairs {
         let from = after.map_or(vec![0], |key| [key, &[0]].concat());
         self.kv.scan(&from, &[u8::MAX], limit)

@@ -1,7 +1,7 @@
 //! Block volumes, and the attributes that say how content is stored.
 //!
-//! A block volume is an inode outside the tree, found by a name of its own. Attributes are inherited by copying: a new inode
-//! takes those of its directory, a new volume those of the root, so reading them needs no walk.
+//! A block volume is an inode outside the tree, found by a name of its own. Attributes are inherited by copying: a new
+//! inode takes those of its directory, a new volume those of the root, so reading them needs no walk.
 
 use crate::command::Answer;
 use crate::keys;

@@ -96,8 +96,8 @@ pub enum StoreRequest {
         /// The chunk.
         chunk: ChunkId,
     },
-    /// Raises the lowest epoch that may write to a volume. Writes of a lower epoch that are not in the log yet fail from
-    /// now on. Durable when answered.
+    /// Raises the lowest epoch that may write to a volume. Writes of a lower epoch that are not in the log yet fail
+    /// from now on. Durable when answered.
     Fence {
         /// The volume.
         volume: VolumeId,

@@ -23,8 +23,10 @@ pub(crate) struct LiveMap {
 impl LiveMap {
     pub(crate) fn new(slot_count: u64) -> Self {
         let count = slot_count.div_ceil(SLOTS_PER_PAGE) as usize;
+        // All pages share one until they are changed.
+        let zeros = Arc::new([0; WORDS_PER_PAGE]);
         Self {
-            pages: vec![Arc::new([0; WORDS_PER_PAGE]); count],
+            pages: (0..count).map(|_| Arc::clone(&zeros)).collect(),
             dirty: vec![false; count],
             dirty_list: Vec::new(),
             ones: 0,
@@ -123,6 +125,8 @@ pub(crate) fn map_page_bytes(page: &MapPage, out: &mut [u8]) {
     }
 }
 
+/// A run this long is worth a device write of its own: a search for a longer one ends.
+const LONG_RUN: u64 = 64;
 const ZONE_WORDS: usize = 64;
 const ZONE_SLOTS: u64 = ZONE_WORDS as u64 * 64;
 
@@ -214,8 +218,8 @@ impl BusyMap {
         Some(Run { start, end: end.min(start + len_max).min(self.slot_count) })
     }
 
-    /// Finds a free run of at most `want` slots near `from`: the longest that starts within `window` slots, else the
-    /// next one anywhere. Wraps around; none only when nothing is free.
+    /// Finds a free run of at most `want` slots near `from`: the first long one that starts within `window` slots, else
+    /// the longest there, else the next one anywhere. Wraps around; none only when nothing is free.
     pub(crate) fn find(&self, from: u64, window: u64, want: u64) -> Option<Run> {
         if self.free == 0 {
             return None;
@@ -226,7 +230,7 @@ impl BusyMap {
         while let Some(run) = self.next_run(at, from + window, want) {
             if best.is_none_or(|b| run.len() > b.len()) {
                 best = Some(run);
-                if run.len() >= want {
+                if run.len() >= want.min(LONG_RUN) {
                     break;
                 }
             }

@@ -1,7 +1,7 @@
 //! The chunk table: every chunk in memory, packed into the pages of the chunk tree by checkpoints.
 //!
-//! A page starts with the count of its records. A record holds what the chunk is, its tag, and a pointer to each leaf of
-//! its index up to the last one in use. Small chunks share a page; a chunk that outgrows its page moves to another.
+//! A page starts with the count of its records. A record holds what the chunk is, its tag, and a pointer to each leaf
+//! of its index up to the last one in use. Small chunks share a page; a chunk that outgrows its page moves to another.
 
 use crate::layout::bytes::{Put, Take};
 use crate::layout::{CHUNK_BLOCKS_MAX, LEAF_BLOCKS, SLOT, TAG_BYTES_MAX, VERSION_MAX};

@@ -1,8 +1,8 @@
 //! Reads, checks and explains a store offline, with no daemon running: `cairn doctor cs DIR`.
 //!
 //! Checked: the superblock copies, the metadata trees, every index leaf, that no slot has two owners, that the live
-//! bitmap says what the index says, and the chain of groups after the checkpoint. With `deep` also the checksum of every
-//! data block. Nothing is changed.
+//! bitmap says what the index says, and the chain of groups after the checkpoint. With `deep` also the checksum of
+//! every data block. Nothing is changed.
 
 use crate::bitmap::BusyMap;
 use crate::layout::group::GroupHeader;
@@ -276,7 +276,8 @@ impl Doctor<'_, '_> {
                 };
                 if bound_checksum(&page, PageKind::Leaf, id.0, number as u64) != reference.checksum {
                     let first = number as u32 * LEAF_BLOCKS;
-                    let detail = format!("checksum mismatch: {id} blocks {first}..{} are lost here", first + LEAF_BLOCKS);
+                    let detail =
+                        format!("checksum mismatch: {id} blocks {first}..{} are lost here", first + LEAF_BLOCKS);
                     self.report.add(Severity::Damage, "leaf", reference.slot, detail);
                     continue;
                 }

@@ -4,13 +4,14 @@
 use crate::api::{Notice, OpenReport, StoreError, StoreOptions, StoreOutput, StoreReply};
 use crate::checkpoint::Checkpoint;
 use crate::chunks::NOT_CACHED;
+use crate::layout::group::RecordWriter;
 use crate::layout::superblock::ChainPosition;
 use crate::layout::{SLOT, SLOT_U64};
 use crate::read::ReadOp;
 use crate::state::State;
 use crate::tree::Tree;
 use crate::write::{Group, Mutation};
-use cairn_env::{Buf, DiskDone, DiskError, DiskOp, DiskRequest, IoId};
+use cairn_env::{Buf, BufMut, DiskDone, DiskError, DiskOp, DiskRequest, IoId};
 use cairn_stdx::{FixedMap, planted};
 use cairn_types::{ChunkId, ClusterId, VolumeId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -84,6 +85,8 @@ pub(crate) struct Engine {
     pub(crate) formed: ChainPosition,
     /// After the last group applied.
     pub(crate) applied: ChainPosition,
+    pub(crate) header_pool: Vec<BufMut>,
+    pub(crate) record_pool: RecordWriter,
     pub(crate) inflight_new: u64,
     pub(crate) inflight_leaves: u64,
     /// Groups and blocks since the last checkpoint snapshot.
@@ -131,6 +134,8 @@ impl Engine {
             groups: VecDeque::new(),
             formed: seed.chain,
             applied: seed.chain,
+            header_pool: Vec::new(),
+            record_pool: RecordWriter::default(),
             inflight_new: 0,
             inflight_leaves: 0,
             chain_groups: seed.chain_groups,
@@ -234,8 +239,8 @@ impl Engine {
         }
     }
 
-    /// Stops for good: a write or flush failed, so what the device holds is unknown (I12). Everything waiting fails, and
-    /// everything later too, until the store is opened anew and the log has been verified.
+    /// Stops for good: a write or flush failed, so what the device holds is unknown (I12). Everything waiting fails,
+    /// and everything later too, until the store is opened anew and the log has been verified.
     pub(crate) fn stop(&mut self, what: String, out: &mut StoreOutput) {
         if self.failed.is_some() {
             return;
@@ -262,8 +267,8 @@ impl Engine {
         self.failed = Some(what);
     }
 
-    /// Asks for leaf `number` of `chunk` on behalf of `waiter`; true when it must wait. Otherwise the leaf is pinned, or
-    /// does not exist.
+    /// Asks for leaf `number` of `chunk` on behalf of `waiter`; true when it must wait. Otherwise the leaf is pinned,
+    /// or does not exist.
     pub(crate) fn acquire_leaf(&mut self, chunk: ChunkId, number: u32, waiter: Waiter, out: &mut StoreOutput) -> bool {
         let reference = self.state.chunks.get(chunk).expect("caller checked").leaves[number as usize];
         if reference.cached != NOT_CACHED {

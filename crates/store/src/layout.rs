@@ -16,8 +16,8 @@ pub(crate) const SLOT: usize = BLOCK_SIZE;
 pub(crate) const SLOT_U64: u64 = SLOT as u64;
 /// Version of the format this code writes.
 pub const FORMAT_VERSION: u16 = 1;
-/// Slots of the superblock copies: generation `g` lives in both slots of `SUPERBLOCK_SLOTS[g % 2]`. The copies of a pair
-/// lie 1 MiB apart, so that one bad spot of the medium does not take both.
+/// Slots of the superblock copies: generation `g` lives in both slots of `SUPERBLOCK_SLOTS[g % 2]`. The copies of a
+/// pair lie 1 MiB apart, so that one bad spot of the medium does not take both.
 pub(crate) const SUPERBLOCK_SLOTS: [[u64; 2]; 2] = [[0, 256], [1, 257]];
 /// The first group header of a fresh store.
 pub(crate) const FIRST_SLOT: u64 = 2;

@@ -194,7 +194,7 @@ impl Engine {
         } else if !bad.is_empty() {
             Err(StoreError::Corrupt { chunk: read.chunk, blocks: bad })
         } else {
-            Ok(StoreReply::Data(read.into_data(&self.zeros)))
+            Ok(StoreReply::Data(read.take_data(&self.zeros)))
         };
         out.done.push((read.token, result));
     }
@@ -247,7 +247,7 @@ impl ReadOp {
         bad
     }
 
-    fn into_data(&mut self, zeros: &Buf) -> ReadData {
+    fn take_data(&mut self, zeros: &Buf) -> ReadData {
         let mut data = Vec::with_capacity(self.runs.len() * 2 + 1);
         let mut at = 0;
         for ((first, blocks), piece) in self.runs.iter().zip(&mut self.pieces) {

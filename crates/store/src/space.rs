@@ -1,10 +1,10 @@
 //! Where free slots come from and when used ones may be used again.
 //!
 //! Groups take slots from a stream of two reserved runs, so that a header can name the place of the next header and,
-//! one run ahead, where to look for it if that header is damaged. A slot that loses its last reference is *quarantined*:
-//! it returns to the allocator only when a checkpoint that no longer refers to it is durable, and when every read that
-//! might still be under way to it has ended. So recovery finds every block of the chain intact, and a read never sees
-//! the next owner's bytes.
+//! one run ahead, where to look for it if that header is damaged. A slot that loses its last reference is
+//! *quarantined*: it returns to the allocator only when a checkpoint that no longer refers to it is durable, and when
+//! every read that might still be under way to it has ended. So recovery finds every block of the chain intact, and a
+//! read never sees the next owner's bytes.
 
 use crate::bitmap::BusyMap;
 use crate::layout::{Run, SUPERBLOCK_SLOTS};
@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 /// Longest run reserved for groups.
 const RUN_SLOTS_MAX: u64 = 1024;
 /// Slots searched for a long run before a shorter one is taken.
-const SEARCH_WINDOW: u64 = 2048;
+const SEARCH_WINDOW: u64 = 512;
 
 struct Batch {
     slots: Vec<u64>,

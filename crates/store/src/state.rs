@@ -258,8 +258,8 @@ impl State {
         Ok(())
     }
 
-    /// Sets the version of a chunk and of every block of its unsettled tail (rule 3: a version change counts the tail as
-    /// written in the new version, so that a server that lost it gets it back by resync).
+    /// Sets the version of a chunk and of every block of its unsettled tail (rule 3: a version change counts the tail
+    /// as written in the new version, so that a server that lost it gets it back by resync).
     fn set_version(&mut self, chunk: ChunkId, version: ChunkVersion) -> Result<(), &'static str> {
         let owner = self.chunks.get_mut(chunk).ok_or("a version for a chunk that does not exist")?;
         owner.info.version = version;

@@ -52,8 +52,8 @@ impl Store {
         }
     }
 
-    /// Takes a request; its answer carries `token`, perhaps within this call. Call [`turn`](Self::turn) afterwards, once
-    /// for as many requests as came together.
+    /// Takes a request; its answer carries `token`, perhaps within this call. Call [`turn`](Self::turn) afterwards,
+    /// once for as many requests as came together.
     pub fn submit(&mut self, _now: Instant, token: u64, request: StoreRequest, out: &mut StoreOutput) {
         let Phase::Running(engine) = &mut self.phase else {
             out.done.push((token, Err(StoreError::NotOpen)));

@@ -40,6 +40,18 @@ impl TailMap {
 
     /// Blocks `first..end` were written by `mark`; a block keeps the higher mark.
     pub(crate) fn cover(&mut self, first: u32, end: u32, mark: Mark) {
+        // Nearly always the blocks are not in the tail yet, or were written alike.
+        match self.0.range_mut(..end).next_back() {
+            Some((start, span)) if *start == first && span.end == end => {
+                span.mark = span.mark.max(mark);
+                return;
+            }
+            Some((_, span)) if span.end > first => {}
+            _ => {
+                self.0.insert(first, Span { end, mark });
+                return;
+            }
+        }
         self.split_at(first);
         self.split_at(end);
         let mut higher = Vec::new();

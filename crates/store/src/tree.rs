@@ -1,7 +1,7 @@
 //! Metadata trees: an array of 4 KiB pages reached through pages of checksummed pointers, all copy-on-write.
 //!
-//! Each checkpoint writes the pages that changed and the pointer pages above them, and the superblock points to the top.
-//! The pointers of all levels stay in memory (16 bytes a page).
+//! Each checkpoint writes the pages that changed and the pointer pages above them, and the superblock points to the
+//! top. The pointers of all levels stay in memory (16 bytes a page).
 
 use crate::layout::bytes::{Put, Take};
 use crate::layout::superblock::TreeRoot;
@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 /// Pointers a pointer page holds.
 pub(crate) const FANOUT: usize = 256;
 
-/// One tree. `levels[0]` points to the pages, `levels[n]` to the pointer pages of `levels[n - 1]`; the last level has one
-/// pointer, or none when the tree is empty.
+/// One tree. `levels[0]` points to the pages, `levels[n]` to the pointer pages of `levels[n - 1]`; the last level has
+/// one pointer, or none when the tree is empty.
 pub(crate) struct Tree {
     number: u64,
     pub(crate) levels: Vec<Vec<Pointer>>,

@@ -1,7 +1,7 @@
 //! What the store knows of volumes: fences, settled marks and unsettled tails.
 //!
-//! Each volume owns a fixed cell of 40 bytes in the volume tree. Tails are short (about the writes of the last second or
-//! two), so each checkpoint writes them out whole.
+//! Each volume owns a fixed cell of 40 bytes in the volume tree. Tails are short (about the writes of the last second
+//! or two), so each checkpoint writes them out whole.
 
 use crate::layout::SLOT;
 use crate::layout::bytes::{Put, Take};

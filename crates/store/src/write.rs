@@ -12,7 +12,7 @@ use crate::layout::group::{
     CREATE_RECORD_BYTES, GROUP_BODY_BYTES, GroupHeader, RUN_BYTES, RecordWriter, Stamp, WRITE_RECORD_BYTES,
 };
 use crate::layout::{CHUNK_BLOCKS_MAX, LEAF_BLOCKS, Run, SLOT, SLOT_U64, TAG_BYTES_MAX, VERSION_MAX};
-use cairn_env::{Buf, DiskError, DiskOp};
+use cairn_env::{Buf, BufMut, DiskError, DiskOp};
 use cairn_stdx::planted;
 use cairn_types::{ChunkId, ChunkVersion, Epoch, VolumeId};
 use std::ops::Range;
@@ -25,6 +25,8 @@ const UNMAP_BLOCKS_MAX: u32 = 4096;
 const PAGES_PER_CHANGE: u64 = 2;
 /// Settled marks logged with one group.
 const SETTLES_PER_GROUP: usize = 16;
+/// Header buffers kept for the next groups.
+const HEADER_POOL_MAX: usize = 8;
 const SETTLE_RECORD_BYTES: usize = 32;
 /// Bytes a record of metadata takes besides its tag, rounded up.
 const META_RECORD_BYTES: usize = 32;
@@ -412,7 +414,9 @@ impl Engine {
 
     /// Forms one group from the queue; false when nothing could be formed now.
     fn form_group(&mut self, out: &mut StoreOutput) -> bool {
-        let mut writer = RecordWriter::default();
+        let mut writer = std::mem::take(&mut self.record_pool);
+        writer.bytes.clear();
+        writer.count = 0;
         let mut data: Vec<Buf> = Vec::new();
         let mut sums = GroupSums::default();
         let mut room = GROUP_BODY_BYTES - RUN_BYTES;
@@ -535,12 +539,13 @@ impl Engine {
         }
     }
 
-    /// Decides whether the group being formed may grow to `slots` slots, `new_slots` more occupied ones and `leaves` more
-    /// dirty leaves.
+    /// Decides whether the group being formed may grow to `slots` slots, `new_slots` more occupied ones and `leaves`
+    /// more dirty leaves.
     ///
-    /// Two limits. Occupied slots stay below the capacity: beyond it a write is refused. And at every moment enough slots
-    /// are free for a checkpoint of everything dirty: when they run short, writes wait for the checkpoint that brings
-    /// back quarantined slots. Changes that free space may use a part of the reserve that writes may not.
+    /// Two limits. Occupied slots stay below the capacity: beyond it a write is refused. And at every moment enough
+    /// slots are free for a checkpoint of everything dirty: when they run short, writes wait for the checkpoint
+    /// that brings back quarantined slots. Changes that free space may use a part of the reserve that writes may
+    /// not.
     fn admit(&self, privileged: bool, slots: u64, new_slots: u64, leaves: u64) -> Admission {
         if !privileged && new_slots > 0 && self.state.occupied() + self.inflight_new + new_slots > self.capacity() {
             return Admission::Full;
@@ -586,13 +591,17 @@ impl Engine {
             session: self.formed.session,
             previous: self.formed.header_checksum,
             flushed_through: self.durable,
-            generation: self.generation,
+            // What an earlier session left may be in a cache that a failed flush gave up: the first group claims
+            // nothing.
+            generation: if self.is_opening() { 0 } else { self.generation },
             next: self.state.space.current,
             after: self.state.space.after,
             runs,
         };
-        let (header, checksum) = fixed.encode(&writer);
+        let mut header = self.header_pool.pop().unwrap_or_else(|| BufMut::zeroed(SLOT));
+        let checksum = fixed.encode(&writer, &mut header);
         let header = header.freeze();
+        self.record_pool = writer;
         self.formed = fixed.position(checksum);
         self.groups_written += 1;
         self.chain_groups += 1;
@@ -652,6 +661,9 @@ impl Engine {
             for mutation in group.finished {
                 self.finish(mutation, group.number, out);
             }
+            if let (true, Ok(buf)) = (self.header_pool.len() < HEADER_POOL_MAX, group.header.try_into_mut()) {
+                self.header_pool.push(buf);
+            }
         }
     }
 }
@@ -664,8 +676,8 @@ struct GroupSums {
     finished: Vec<Mutation>,
 }
 
-/// How many blocks of a mutation go into a group with `room` bytes left, and the bytes its record takes. None: the record
-/// has no blocks, or nothing fits.
+/// How many blocks of a mutation go into a group with `room` bytes left, and the bytes its record takes. None: the
+/// record has no blocks, or nothing fits.
 fn piece_of(mutation: &Mutation, room: usize) -> (Option<u32>, usize) {
     let left = mutation.count - mutation.formed;
     match &mutation.change {

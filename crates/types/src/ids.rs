@@ -114,11 +114,13 @@ macro_rules! hex_id {
 }
 
 hex_id!(
-    /// Identity of a cluster, drawn at `make-mds -I`. A message of another cluster is refused whatever its name (R0045).
+    /// Identity of a cluster, drawn at `make-mds -I`. A message of another cluster is refused whatever its name
+    /// (R0045).
     ClusterId
 );
 hex_id!(
-    /// Identity of a host, file `host_id`; the allocator tells hosts apart by it (R0078). Printed as 32 hex digits (D15).
+    /// Identity of a host, file `host_id`; the allocator tells hosts apart by it (R0078). Printed as 32 hex digits
+    /// (D15).
     HostId
 );
 

@@ -1,10 +1,10 @@
 //! The handshake that opens every link: both sides prove that they hold the cluster key, neither reveals it.
 //!
-//! Three frames: the initiator sends [`Hello`], the responder answers with [`Challenge`], which already carries its proof,
-//! and the initiator closes with [`Proof`]. A proof is HMAC-SHA-256 under the cluster key over a role word and the whole
-//! transcript (both nonces, both identities, cluster name, protocol version), so nothing can be replayed, reflected or
-//! moved to another link. The key is Argon2id of the cluster password salted with the cluster name. What this protects
-//! and what it does not: `docs/design/security.md`.
+//! Three frames: the initiator sends [`Hello`], the responder answers with [`Challenge`], which already carries its
+//! proof, and the initiator closes with [`Proof`]. A proof is HMAC-SHA-256 under the cluster key over a role word and
+//! the whole transcript (both nonces, both identities, cluster name, protocol version), so nothing can be replayed,
+//! reflected or moved to another link. The key is Argon2id of the cluster password salted with the cluster name. What
+//! this protects and what it does not: `docs/design/security.md`.
 
 use cairn_types::{ClusterId, NodeId};
 use hmac::{Hmac, KeyInit, Mac};

@@ -11,13 +11,14 @@ pub const CS_LIST_MAX: usize = 16384;
 pub enum CsRequest {
     /// First call on a data link: who calls. Answered by [`CsReply::Hello`].
     Hello {
-        /// Number of the calling session's link, rising: a later link of the same session ends the earlier one, so that no
-        /// packet of the old link can be executed after one of the new.
+        /// Number of the calling session's link, rising: a later link of the same session ends the earlier one, so
+        /// that no packet of the old link can be executed after one of the new.
         session: u64,
         /// Generation of the link within the session.
         generation: u64,
     },
-    /// Durably refuses every lower epoch of the volume from now on, reads and writes alike; answered by [`CsReply::Fenced`].
+    /// Durably refuses every lower epoch of the volume from now on, reads and writes alike; answered by
+    /// [`CsReply::Fenced`].
     Fence {
         /// The volume.
         volume: VolumeId,
@@ -50,7 +51,8 @@ pub enum CsRequest {
         /// The caller's epoch.
         epoch: Epoch,
     },
-    /// Raises a chunk from a version in `since..=version` to `version`, durably; its tail counts as written in the new version.
+    /// Raises a chunk from a version in `since..=version` to `version`, durably; its tail counts as written in the new
+    /// version.
     Raise {
         /// The chunk.
         chunk: ChunkId,
@@ -87,8 +89,8 @@ pub enum CsRequest {
         /// The mark.
         settled: Sequence,
     },
-    /// *Repair*: ranges of blocks whose version is above `after`, from `from_block` on; answered by [`CsReply::Ranges`].
-    /// Answered only by a copy at exactly `version`.
+    /// *Repair*: ranges of blocks whose version is above `after`, from `from_block` on; answered by
+    /// [`CsReply::Ranges`]. Answered only by a copy at exactly `version`.
     Changed {
         /// The chunk.
         chunk: ChunkId,

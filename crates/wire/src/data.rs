@@ -1,8 +1,8 @@
 //! The data path between a client and a chunk server (and between chunk servers, for repair): fixed layouts.
 //!
-//! A request is a [`DataHeader`], then for writes one CRC-64/NVME per block, then (as payload) the blocks. An answer is a
-//! [`DataReplyHeader`], then for reads one checksum per block, then the blocks; when every block read is a hole the flag
-//! [`FLAG_ZERO`] stands instead of checksums and payload.
+//! A request is a [`DataHeader`], then for writes one CRC-64/NVME per block, then (as payload) the blocks. An answer is
+//! a [`DataReplyHeader`], then for reads one checksum per block, then the blocks; when every block read is a hole the
+//! flag [`FLAG_ZERO`] stands instead of checksums and payload.
 
 use cairn_types::{BLOCK_SIZE, ChunkId, ChunkVersion, Epoch, Sequence, VolumeId};
 use zerocopy::little_endian::{U16, U32, U64};

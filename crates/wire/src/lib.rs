@@ -1,7 +1,8 @@
 //! What Cairn's processes say to each other, byte by byte. No sockets here.
 //!
 //! Every link carries [`frame`]s. A link starts with the mutual [`auth`] handshake; then
-//! - clients and chunk servers exchange [`data`] requests (fixed layout, payload after it) and [`cs`] calls (rare ones);
+//! - clients and chunk servers exchange [`data`] requests (fixed layout, payload after it) and [`cs`] calls (rare
+//!   ones);
 //! - everyone calls the metadata servers with [`mds`] requests;
 //! - metadata servers exchange opaque Raft messages of `cairn-consensus`.
 //!

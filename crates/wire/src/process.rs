@@ -1,20 +1,20 @@
 //! The seam between a core and the world: events in, effects out.
 //!
-//! Chunk server, metadata server and client are each one [`Process`]. The shell in `cairn-env-real` drives it with sockets
-//! and an io_uring; the simulator drives the same code with virtual time, simulated links and disks. Effects are data: a
-//! process never blocks and never sees a socket, a file or a clock.
+//! Chunk server, metadata server and client are each one [`Process`]. The shell in `cairn-env-real` drives it with
+//! sockets and an io_uring; the simulator drives the same code with virtual time, simulated links and disks. Effects
+//! are data: a process never blocks and never sees a socket, a file or a clock.
 //!
-//! Contract of links: frames of one link arrive in order, each at most once, until the link goes down; then any suffix of
-//! what was sent may be lost. A link is authenticated before [`NetEvent::Up`]. The shell ends a reactor turn, after the last
-//! event at hand, with [`Event::Turn`]: a process batches its disk writes there.
+//! Contract of links: frames of one link arrive in order, each at most once, until the link goes down; then any suffix
+//! of what was sent may be lost. A link is authenticated before [`NetEvent::Up`]. The shell ends a reactor turn, after
+//! the last event at hand, with [`Event::Turn`]: a process batches its disk writes there.
 
 use crate::frame::{Frame, FrameKind};
 use cairn_env::{Buf, DiskDone, DiskRequest};
 use cairn_types::{Instant, NodeId};
 use std::net::SocketAddr;
 
-/// A link to another process. Ids chosen by the process (for [`NetEffect::Connect`]) have the top bit clear and rise; ids
-/// of accepted links have it set. Never used again.
+/// A link to another process. Ids chosen by the process (for [`NetEffect::Connect`]) have the top bit clear and rise;
+/// ids of accepted links have it set. Never used again.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LinkId(pub u64);
 

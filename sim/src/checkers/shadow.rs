@@ -1,9 +1,9 @@
 //! I1 durable, I2 true, I3 fresh and I4 ordered on blocks: the record of everything clients did, and the verdict.
 //!
 //! Every write carries a [`Stamp`]; a read is decoded back into the stamp it returned. Within one *era* (between two
-//! losses of unflushed data that redundancy cannot cover, such as a power cut of every server) histories are linearizable.
-//! At the end of an era a block may fall back, but never below its floor: the last write acknowledged before an
-//! acknowledged flush began.
+//! losses of unflushed data that redundancy cannot cover, such as a power cut of every server) histories are
+//! linearizable. At the end of an era a block may fall back, but never below its floor: the last write acknowledged
+//! before an acknowledged flush began.
 
 use super::zone::{self, BlockOp};
 use crate::stamp::Stamp;
@@ -38,6 +38,8 @@ pub enum Invariant {
     I20,
     /// Space accounting equals a full count.
     Accounting,
+    /// A core's own assertion.
+    Assertion,
 }
 
 /// A broken invariant and the evidence.
@@ -49,7 +51,7 @@ pub struct Broken {
     pub detail: String,
 }
 
-/// A block of a volume.
+/// A block of a volume. Volumes that are written in sectors count sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BlockKey {
     /// The volume.
@@ -59,18 +61,16 @@ pub struct BlockKey {
 }
 
 #[derive(Default)]
-struct BlockHistory {
-    /// Operations of the current era.
-    ops: Vec<BlockOp>,
-    /// Values that may be current when the era begins.
+struct BlockState {
+    /// Values that may be current when the era begins; none recorded: only zeros.
     candidates: Vec<u64>,
     /// Last write acknowledged before an acknowledged flush began: (value, start of the write).
     floor: Option<(u64, u64)>,
 }
 
 /// Names an operation in the record.
-#[derive(Clone, Copy, Debug)]
-pub struct OpId(usize);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct OpId(u64);
 
 struct OpRecord {
     volume: u64,
@@ -79,17 +79,27 @@ struct OpRecord {
     write: bool,
     start: u64,
     end: u64,
-    /// Positions in the block histories, as long as the era lasts.
+    /// The era it began in: a read that was under way when an era ended may have seen what is gone since.
     era: u64,
+}
+
+impl OpRecord {
+    fn blocks(&self) -> impl Iterator<Item = (BlockKey, BlockOp)> + '_ {
+        self.values.iter().enumerate().map(|(i, &value)| {
+            let key = BlockKey { volume: self.volume, block: self.first_block + i as u64 };
+            (key, BlockOp { write: self.write, value, start: self.start, end: self.end })
+        })
+    }
 }
 
 /// The record of all block operations of a run.
 #[derive(Default)]
 pub struct Shadow {
-    blocks: BTreeMap<BlockKey, BlockHistory>,
-    ops: Vec<OpRecord>,
+    blocks: BTreeMap<BlockKey, BlockState>,
+    ops: BTreeMap<OpId, OpRecord>,
+    next: u64,
     era: u64,
-    /// Writes answered, reads checked: a run that did nothing proves nothing.
+    /// Writes answered, blocks read and compared: a run that did nothing proves nothing.
     pub writes_acknowledged: u64,
     /// Blocks read and compared.
     pub blocks_read: u64,
@@ -107,25 +117,45 @@ impl Shadow {
         self.record(OpRecord { volume, first_block, values: Vec::new(), write: false, start: now, end: u64::MAX, era })
     }
 
+    /// A compare-and-write that succeeded saw these values.
+    pub fn observed(&mut self, start: u64, end: u64, volume: u64, first_block: u64, values: Vec<u64>) {
+        self.record(OpRecord { volume, first_block, values, write: false, start, end, era: self.era });
+    }
+
     fn record(&mut self, op: OpRecord) -> OpId {
-        self.ops.push(op);
-        OpId(self.ops.len() - 1)
+        self.next += 1;
+        self.ops.insert(OpId(self.next), op);
+        OpId(self.next)
     }
 
     /// A write was acknowledged.
     pub fn write_acknowledged(&mut self, now: u64, op: OpId) {
-        self.ops[op.0].end = now;
+        self.ops.get_mut(&op).expect("a write in flight outlives its era").end = now;
         self.writes_acknowledged += 1;
     }
 
-    /// A read was answered with `bytes`, one entry per block.
+    /// A write that was durable before its answer was acknowledged.
+    pub fn durable_write_acknowledged(&mut self, now: u64, op: OpId) {
+        self.write_acknowledged(now, op);
+        let blocks: Vec<_> = self.ops[&op].blocks().collect();
+        for (key, block) in blocks {
+            self.raise_floor(key, block);
+        }
+    }
+
+    /// A write failed before anything could have come of it: it was not carried out at all.
+    pub fn write_refused(&mut self, op: OpId) {
+        self.ops.remove(&op);
+    }
+
+    /// A read was answered with `bytes`, in blocks of `unit` bytes.
     ///
     /// # Errors
     /// I2 when a block holds no stamp of this very block.
-    pub fn read_answered(&mut self, now: u64, op: OpId, bytes: &[u8]) -> Result<(), Broken> {
-        let record = &mut self.ops[op.0];
+    pub fn read_answered(&mut self, now: u64, op: OpId, bytes: &[u8], unit: usize) -> Result<(), Broken> {
+        let Some(record) = self.ops.get_mut(&op) else { return Ok(()) };
         record.end = now;
-        for (i, block) in bytes.chunks(cairn_types::BLOCK_SIZE).enumerate() {
+        for (i, block) in bytes.chunks(unit).enumerate() {
             let at = record.first_block + i as u64;
             let value = Stamp::decode(block, record.volume, at).map_err(|why| Broken {
                 invariant: Invariant::I2,
@@ -134,50 +164,63 @@ impl Shadow {
             record.values.push(value);
             self.blocks_read += 1;
         }
+        if record.era != self.era {
+            self.ops.remove(&op);
+        }
         Ok(())
     }
 
-    /// A flush of `volume` that was submitted at `submitted` has been acknowledged: raises the floors.
-    pub fn flush_acknowledged(&mut self, submitted: u64, volume: u64) {
-        for op in self.ops.iter().filter(|op| op.write && op.volume == volume && op.end <= submitted) {
-            for (i, &value) in op.values.iter().enumerate() {
-                let key = BlockKey { volume, block: op.first_block + i as u64 };
-                let history = self.blocks.entry(key).or_default();
-                if history.floor.is_none_or(|(_, start)| start < op.start) {
-                    history.floor = Some((value, op.start));
-                }
-            }
+    /// What a read returned, block by block.
+    pub fn values(&self, op: OpId) -> &[u64] {
+        self.ops.get(&op).map_or(&[], |op| &op.values)
+    }
+
+    fn raise_floor(&mut self, key: BlockKey, op: BlockOp) {
+        let state = self.blocks.entry(key).or_default();
+        if state.floor.is_none_or(|(_, start)| start < op.start) {
+            state.floor = Some((op.value, op.start));
         }
     }
 
-    /// Unflushed data may be gone: checks the era that ends, begins a new one.
+    /// A flush of `volume` that was submitted at `submitted` has been acknowledged: raises the floors. Writes of an era
+    /// before are not covered: what was lost with all its replicas cannot be flushed later.
+    pub fn flush_acknowledged(&mut self, submitted: u64, volume: u64) {
+        let covered = self.ops.values().filter(|op| op.write && op.volume == volume && op.end <= submitted);
+        let blocks: Vec<_> = covered.flat_map(OpRecord::blocks).collect();
+        for (key, op) in blocks {
+            self.raise_floor(key, op);
+        }
+    }
+
+    /// Unflushed data may be gone: checks the era that ends, begins a new one. Writes in flight go on in the new one.
     ///
     /// # Errors
     /// Whatever [`Shadow::check`] finds.
     pub fn end_era(&mut self) -> Result<(), Broken> {
         self.check()?;
-        for op in self.ops.drain(..).filter(|op| op.write) {
-            for (i, &value) in op.values.iter().enumerate() {
-                let key = BlockKey { volume: op.volume, block: op.first_block + i as u64 };
-                let history = self.blocks.entry(key).or_default();
-                history.ops.push(BlockOp { write: true, value, start: op.start, end: op.end });
+        let mut writes: BTreeMap<BlockKey, Vec<BlockOp>> = BTreeMap::new();
+        for op in self.ops.values().filter(|op| op.write) {
+            for (key, block) in op.blocks() {
+                writes.entry(key).or_default().push(block);
             }
         }
-        for history in self.blocks.values_mut() {
-            let mut candidates: Vec<u64> = Vec::new();
-            let floor_start = history.floor.map_or(0, |(_, start)| start);
-            match history.floor {
-                Some((value, _)) => candidates.push(value),
-                None if history.candidates.is_empty() => candidates.push(0),
-                None => candidates.append(&mut history.candidates),
-            }
+        // Reads in flight stay known until they are answered, and are then not judged.
+        self.ops.retain(|_, op| op.end == u64::MAX);
+        for (key, ops) in writes {
+            let state = self.blocks.entry(key).or_default();
+            let floor_start = state.floor.map_or(0, |(_, start)| start);
+            let mut candidates = match state.floor {
+                Some((value, _)) => vec![value],
+                None if state.candidates.is_empty() => vec![0],
+                None => std::mem::take(&mut state.candidates),
+            };
             // A write that ended before the floor's write began is surely overwritten for good.
-            let later = history.ops.drain(..).filter(|op| op.end >= floor_start).map(|op| op.value);
-            candidates.extend(later);
+            candidates.extend(ops.iter().filter(|op| op.end >= floor_start).map(|op| op.value));
+            candidates.sort_unstable();
             candidates.dedup();
-            history.candidates = candidates;
-            history.floor = None;
+            state.candidates = candidates;
         }
+        self.blocks.values_mut().for_each(|state| state.floor = None);
         self.era += 1;
         Ok(())
     }
@@ -188,55 +231,88 @@ impl Shadow {
     /// The first block whose history cannot be.
     pub fn check(&self) -> Result<(), Broken> {
         let mut histories: BTreeMap<BlockKey, Vec<BlockOp>> = BTreeMap::new();
-        for op in &self.ops {
-            for (i, &value) in op.values.iter().enumerate() {
-                let key = BlockKey { volume: op.volume, block: op.first_block + i as u64 };
-                let entry = BlockOp { write: op.write, value, start: op.start, end: op.end };
-                histories.entry(key).or_default().push(entry);
+        for op in self.ops.values().filter(|op| op.write || (op.end != u64::MAX && op.era == self.era)) {
+            for (key, block) in op.blocks() {
+                histories.entry(key).or_default().push(block);
             }
         }
-        for (key, ops) in &mut histories {
-            self.settle_initial_value(*key, ops)?;
-            zone::check(ops).map_err(|violation| Broken {
-                invariant: Invariant::I3,
-                detail: format!("{key:?}: {violation:?}\nhistory: {ops:?}"),
+        let zero = vec![0];
+        for (key, ops) in &histories {
+            let known = self.blocks.get(key).map(|state| &state.candidates);
+            let allowed = known.filter(|candidates| !candidates.is_empty()).unwrap_or(&zero);
+            check_block(ops, allowed).map_err(|(invariant, why)| Broken {
+                invariant,
+                detail: format!("{key:?}: {why}\nhistory: {ops:?}"),
             })?;
         }
         Ok(())
     }
+}
 
-    /// After an era ended a block holds one of its candidates; the first read that returns one decides which.
-    fn settle_initial_value(&self, key: BlockKey, ops: &mut [BlockOp]) -> Result<(), Broken> {
-        let empty = Vec::new();
-        let candidates = self.blocks.get(&key).map_or(&empty, |history| &history.candidates);
-        let zero = [0];
-        let allowed: &[u64] = if candidates.is_empty() { &zero } else { candidates };
-        let written: std::collections::BTreeSet<u64> =
-            ops.iter().filter(|op| op.write).map(|op| op.value).collect();
-        let mut initial: Option<u64> = None;
-        for op in ops.iter_mut().filter(|op| !op.write && op.end != u64::MAX && !written.contains(&op.value)) {
+/// Judges the history of one block that began with one of `allowed`.
+fn check_block(ops: &[BlockOp], allowed: &[u64]) -> Result<(), (Invariant, String)> {
+    let written: BTreeMap<u64, BlockOp> =
+        ops.iter().filter(|op| op.write && op.value != 0).map(|op| (op.value, *op)).collect();
+    let zero_writes: Vec<BlockOp> = ops.iter().filter(|op| op.write && op.value == 0).copied().collect();
+    let mut initial: Option<u64> = None;
+    // Zeros are not unique where a block was unmapped. Without the zeros a linearizable history is still one, and its
+    // other values are unique; the zeros are judged by themselves.
+    let mut unique: Vec<BlockOp> = Vec::with_capacity(ops.len());
+    let mut zero_reads: Vec<BlockOp> = Vec::new();
+    for op in ops {
+        if op.write {
+            unique.extend((op.value != 0).then_some(*op));
+        } else if written.contains_key(&op.value) {
+            unique.push(*op);
+        } else if op.value == 0 && !zero_writes.is_empty() {
+            zero_reads.push(*op);
+        } else {
             if !allowed.contains(&op.value) {
-                return Err(Broken {
-                    invariant: Invariant::I1,
-                    detail: format!("{key:?}: read {:#x}, but only {allowed:x?} can have survived", op.value),
-                });
+                let why = format!("read {:#x}, but only {allowed:x?} can have survived", op.value);
+                return Err((Invariant::I1, why));
             }
             if *initial.get_or_insert(op.value) != op.value {
-                return Err(Broken {
-                    invariant: Invariant::I3,
-                    detail: format!("{key:?}: two different old values read: {initial:x?} and {:#x}", op.value),
-                });
+                let why = format!("two different old values read: {initial:x?} and {:#x}", op.value);
+                return Err((Invariant::I3, why));
             }
-            op.value = 0;
+            unique.push(BlockOp { value: 0, ..*op });
         }
-        Ok(())
     }
+    zone::check(&unique).map_err(|violation| (Invariant::I3, format!("{violation:?}")))?;
+    check_zeros(&zero_writes, &zero_reads, &unique, &written, allowed.contains(&0) && initial.is_none_or(|v| v == 0))
+        .map_err(|why| (Invariant::I3, why))
+}
+
+/// Zeros read must come from an unmap (or the beginning) that no later write surely replaced; other values must not be
+/// read after an unmap that surely replaced them.
+fn check_zeros(
+    zero_writes: &[BlockOp],
+    zero_reads: &[BlockOp],
+    unique: &[BlockOp],
+    written: &BTreeMap<u64, BlockOp>,
+    began_with_zeros: bool,
+) -> Result<(), String> {
+    for read in zero_reads {
+        let replaced = |since: u64| written.values().any(|write| since < write.start && write.end < read.start);
+        let from_start = began_with_zeros && !written.values().any(|write| write.end < read.start);
+        if !from_start && !zero_writes.iter().any(|zero| zero.start < read.end && !replaced(zero.end)) {
+            return Err(format!("zeros read though surely overwritten: {read:?}"));
+        }
+    }
+    for read in unique.iter().filter(|op| !op.write) {
+        let begun = written.get(&read.value).map_or(0, |write| write.end);
+        if let Some(zero) = zero_writes.iter().find(|zero| begun < zero.start && zero.end < read.start) {
+            return Err(format!("{read:?} returned what {zero:?} had zeroed"));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::stamp::Stamp;
+    use cairn_types::BLOCK_SIZE;
 
     fn bytes(volume: u64, block: u64, value: u64) -> Vec<u8> {
         Stamp::encode(volume, block, value).to_vec()
@@ -252,10 +328,10 @@ mod tests {
         shadow.write_acknowledged(5, b);
         shadow.end_era().unwrap();
         let r = shadow.read_submitted(6, 5, 0);
-        shadow.read_answered(7, r, &bytes(5, 0, 11)).unwrap();
+        shadow.read_answered(7, r, &bytes(5, 0, 11), BLOCK_SIZE).unwrap();
         shadow.check().unwrap();
         let r = shadow.read_submitted(8, 5, 0);
-        shadow.read_answered(9, r, &bytes(5, 0, 12)).unwrap();
+        shadow.read_answered(9, r, &bytes(5, 0, 12), BLOCK_SIZE).unwrap();
         assert_eq!(shadow.check().unwrap_err().invariant, Invariant::I3, "it may be either, but not change");
     }
 
@@ -267,7 +343,7 @@ mod tests {
         shadow.flush_acknowledged(3, 5);
         shadow.end_era().unwrap();
         let r = shadow.read_submitted(6, 5, 0);
-        shadow.read_answered(7, r, &[0; cairn_types::BLOCK_SIZE]).unwrap();
+        shadow.read_answered(7, r, &[0; BLOCK_SIZE], BLOCK_SIZE).unwrap();
         assert_eq!(shadow.check().unwrap_err().invariant, Invariant::I1);
     }
 
@@ -275,6 +351,45 @@ mod tests {
     fn another_blocks_data_breaks_i2() {
         let mut shadow = Shadow::default();
         let r = shadow.read_submitted(6, 5, 1);
-        assert_eq!(shadow.read_answered(7, r, &bytes(5, 0, 11)).unwrap_err().invariant, Invariant::I2);
+        assert_eq!(shadow.read_answered(7, r, &bytes(5, 0, 11), BLOCK_SIZE).unwrap_err().invariant, Invariant::I2);
+    }
+
+    fn history(ops: &[(bool, u64, u64, u64)]) -> Result<(), Broken> {
+        let mut shadow = Shadow::default();
+        for &(write, value, start, end) in ops {
+            if write {
+                let op = shadow.write_submitted(start, 5, 0, vec![value]);
+                if end != u64::MAX {
+                    shadow.write_acknowledged(end, op);
+                }
+            } else {
+                shadow.observed(start, end, 5, 0, vec![value]);
+            }
+        }
+        shadow.check()
+    }
+
+    #[test]
+    fn unmapped_blocks_are_judged_though_zeros_are_not_unique() {
+        // Unmapped, then written: zeros afterwards are stale.
+        assert!(history(&[(true, 1, 1, 2), (true, 0, 3, 4), (false, 0, 5, 6)]).is_ok());
+        assert!(history(&[(true, 1, 1, 2), (true, 0, 3, 4), (false, 1, 5, 6)]).is_err());
+        assert!(history(&[(true, 0, 1, 2), (true, 1, 3, 4), (false, 0, 5, 6)]).is_err());
+        assert!(history(&[(true, 1, 1, 2), (true, 0, 3, u64::MAX), (false, 1, 5, 6), (false, 0, 7, 8)]).is_ok());
+        assert!(history(&[(true, 0, 1, 2), (true, 0, 3, 4), (true, 7, 5, 6), (false, 7, 7, 8)]).is_ok());
+    }
+
+    #[test]
+    fn operations_in_flight_outlive_the_era() {
+        let mut shadow = Shadow::default();
+        let a = shadow.write_submitted(1, 5, 0, vec![11]);
+        let r = shadow.read_submitted(2, 5, 0);
+        shadow.end_era().unwrap();
+        shadow.write_acknowledged(5, a);
+        shadow.read_answered(6, r, &bytes(5, 0, 0), BLOCK_SIZE).unwrap();
+        shadow.observed(7, 8, 5, 0, vec![11]);
+        shadow.check().unwrap();
+        shadow.observed(9, 10, 5, 0, vec![0]);
+        shadow.check().unwrap_err();
     }
 }

@@ -1,9 +1,9 @@
 //! I3 fresh: linearizability of one block by zones.
 //!
 //! Every block written carries a unique value, so which write a read saw is known. Then no search is needed: group each
-//! write with the reads that returned it, take the *zone* between the earliest end and the latest start of the group, and
-//! the history is linearizable exactly when no read ends before its write begins, no two forward zones overlap and no
-//! backward zone lies inside a forward one.
+//! write with the reads that returned it, take the *zone* between the earliest end and the latest start of the group,
+//! and the history is linearizable exactly when no read ends before its write begins, no two forward zones overlap and
+//! no backward zone lies inside a forward one.
 //! Source: Gibbons and Korach, "Testing Shared Memories", SIAM Journal on Computing 26(4), 1997, section 4.
 
 /// A write or read of one block. Times are the simulator's true time; `end` is `u64::MAX` while unanswered.

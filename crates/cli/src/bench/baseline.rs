@@ -3,7 +3,6 @@
 //! Nothing of Cairn is in these loops; they say what the machine could do.
 
 use anyhow::{Context, Result};
-use hdrhistogram::Histogram;
 use io_uring::{IoUring, opcode, types};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -54,7 +53,7 @@ impl RawFile {
         let mut started = vec![Instant::now(); shape.depth as usize];
         let mut offsets = shape.offsets(self.size, 17);
         let mut rng = Rng::new(5);
-        let mut latency = Histogram::<u64>::new(3)?;
+        let mut latency = super::report::histogram()?;
         let begun = Instant::now();
         let mut next: Vec<usize> = (0..shape.depth as usize).collect();
         let (mut in_flight, mut done) = (0usize, 0u64);
@@ -139,7 +138,7 @@ pub fn three_writers(dir: &Path, duration: Duration) -> Result<f64> {
 pub fn loopback_round_trip(duration: Duration) -> Result<Figures> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let addr = listener.local_addr()?;
-    let mut latency = Histogram::<u64>::new(3)?;
+    let mut latency = super::report::histogram()?;
     std::thread::scope(|scope| -> Result<Figures> {
         let server = scope.spawn(move || -> std::io::Result<()> {
             let (mut stream, _) = listener.accept()?;

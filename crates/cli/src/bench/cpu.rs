@@ -24,7 +24,7 @@ pub fn servers(roles: &[&str]) -> Vec<ServerProcess> {
             }
             let command = std::fs::read(entry.path().join("cmdline")).ok()?;
             let words: Vec<&[u8]> = command.split(|&byte| byte == 0).collect();
-            let role = roles.iter().find(|role| words.iter().any(|word| *word == role.as_bytes()))?;
+            let role = roles.iter().find(|role| words.contains(&role.as_bytes()))?;
             Some(ServerProcess { pid, role: (*role).to_owned() })
         })
         .collect();

@@ -6,7 +6,6 @@ use cairn_client::{LocalClient, LocalVolume};
 use cairn_env::block::{BlockDevice, BlockError, BlockOp};
 use cairn_env::{Buf, BufMut};
 use cairn_stdx::Rng;
-use hdrhistogram::Histogram;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -95,7 +94,7 @@ struct Run {
     offsets: Offsets,
     rng: Rng,
     data: Buf,
-    latency: Histogram<u64>,
+    latency: hdrhistogram::Histogram<u64>,
     begun: Instant,
     done: u64,
     in_flight: u32,
@@ -114,7 +113,7 @@ pub async fn drive(volume: &LocalVolume, shape: &Shape, span: u64) -> Result<Fig
         shape: shape.clone(),
         rng: Rng::new(29),
         data: data.freeze(),
-        latency: Histogram::new(3)?,
+        latency: super::report::histogram()?,
         begun: Instant::now(),
         done: 0,
         in_flight: 0,

@@ -1,7 +1,9 @@
 //! `cairn bench`: drives a volume through the client library and, in the same run, measures what the machine could do.
 //!
-//! Every figure stands beside its baseline, because machines are noisy: the raw disk through io_uring with O_DIRECT and the
-//! loopback round trip. `--suite core` runs every line of the performance targets in `docs/performance.md`.
+//! Every figure stands beside its baseline, because machines are noisy: the raw disk through io_uring with O_DIRECT and
+//! the loopback round trip. `--suite core` runs every line of the performance targets in `docs/performance.md`.
+
+#![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
 
 pub mod baseline;
 pub mod cpu;
@@ -161,7 +163,7 @@ async fn run_volume(client: &cairn_client::LocalClient, name: &str, shape: &Shap
     load::fill(&volume, span & !((1 << 20) - 1)).await.context("fill the volume")?;
     let figures = measure(&volume, shape, span).await;
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    volume.release_with(move |_| drop(sender.send(())));
+    volume.clone().release_with(move || sender.send(()).unwrap_or(()));
     let _ = receiver.await;
     figures
 }

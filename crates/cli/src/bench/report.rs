@@ -4,6 +4,11 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::time::Duration;
 
+/// A histogram of nanoseconds up to a minute, three significant digits.
+pub fn histogram() -> anyhow::Result<Histogram<u64>> {
+    Ok(Histogram::new_with_bounds(1, 60_000_000_000, 3)?)
+}
+
 /// What one run measured. Latencies in microseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Figures {

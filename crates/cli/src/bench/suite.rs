@@ -91,7 +91,7 @@ fn block_lines(cluster: &Cluster, dir: &Path, lines: &mut Vec<Line>) -> Result<(
             out.push((name, figures, raw_figures, rtt));
         }
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        volume.release_with(move |_| drop(sender.send(())));
+        volume.clone().release_with(move || sender.send(()).unwrap_or(()));
         let _ = receiver.await;
         delete_volume(&client, VOLUME).await?;
         out.push(("volume create", volume_creates(&client).await?, Figures::default(), Figures::default()));

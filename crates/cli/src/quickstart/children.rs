@@ -140,8 +140,7 @@ impl<'a> Children<'a> {
     /// Waits until the mount point is a mount.
     pub fn wait_for_mount(&mut self, dir: &Path) -> Result<()> {
         let begun = now();
-        let wanted = format!(" {} ", dir.display());
-        while !std::fs::read_to_string("/proc/self/mounts")?.contains(&wanted) {
+        while !is_mount_point(dir) {
             self.fail_if_any_ended()?;
             if begun.elapsed() > FRONT_END_DEADLINE {
                 bail!("{} is not mounted; see {}", dir.display(), self.layout.log_file("mount").display());
@@ -208,6 +207,32 @@ impl<'a> Children<'a> {
         }
         bail!("{} did not stop within {} s and were killed", failed.join(", "), STOP_DEADLINE.as_secs())
     }
+}
+
+/// True when something is mounted on `dir`: its device is not that of its parent.
+fn is_mount_point(dir: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path: &Path| std::fs::symlink_metadata(path).map(|meta| meta.dev()).ok();
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    device(dir).is_some() && device(dir) != device(parent)
+}
+
+/// Takes away what a killed mount left behind: a mount point whose every use fails with ENOTCONN.
+///
+/// A mount that answers is left alone; mounting over it then fails with its own words.
+#[expect(unsafe_code, reason = "umount2(2)")]
+pub fn take_away_dead_mount(dir: &Path) -> Result<()> {
+    let is_dead = || std::fs::metadata(dir).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN));
+    while is_dead() {
+        let path = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes())?;
+        // SAFETY: the string ends with a zero byte and outlives the call.
+        let by_root = unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } == 0;
+        // An ordinary user may only do it through the helper that mounted it.
+        if !by_root && !Command::new("fusermount3").args(["-u", "-z"]).arg(dir).status()?.success() {
+            bail!("a mount that died is still on {}; take it away with `umount -l`", dir.display());
+        }
+    }
+    Ok(())
 }
 
 #[expect(unsafe_code, reason = "kill(2)")]

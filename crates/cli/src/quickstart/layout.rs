@@ -10,7 +10,9 @@
 
 use crate::context::Context;
 use crate::verbs;
+use crate::verbs::cs::CsOptions;
 use anyhow::{Context as _, Result, bail};
+use cairn_cs::MakeCs;
 use cairn_types::{ClusterId, HostId};
 use cairn_wire::auth::ClusterKey;
 use serde::{Deserialize, Serialize};
@@ -20,8 +22,8 @@ use std::process::Command;
 
 use super::{CS_COUNT, MDS_COUNT};
 
-/// Space of a chunk server unless given, if a tenth of the free space is not less.
-const CS_SIZE_DEFAULT: u64 = 8 << 30;
+/// Space of a chunk server unless given, if a sixteenth of the free space is not less.
+const CS_SIZE_DEFAULT: u64 = 3 << 30;
 /// Least space a chunk server is made with.
 const CS_SIZE_MIN: u64 = 512 << 20;
 
@@ -74,7 +76,7 @@ impl Layout {
             std::fs::create_dir_all(dir.join(name))?;
         }
         let free = verbs::cs::free_space(&dir).unwrap_or(u64::MAX);
-        let cs_size = cs_size.unwrap_or(CS_SIZE_DEFAULT.min(free / 10)) & !((1 << 20) - 1);
+        let cs_size = cs_size.unwrap_or(CS_SIZE_DEFAULT.min(free / 16)) & !((1 << 20) - 1);
         if cs_size < CS_SIZE_MIN {
             let free = cairn_types::format_size(free);
             bail!("{} has {free} free; a quickstart cluster needs at least 6 GiB", dir.display());
@@ -167,7 +169,8 @@ impl Layout {
         self.dir.join("log").join(format!("{label}.log"))
     }
 
-    /// Draws a password and derives the cluster key from it. The password is kept beside the key, for `auth-node` elsewhere.
+    /// Draws a password and derives the cluster key from it. The password is kept beside the key, for `auth-node`
+    /// elsewhere.
     pub fn new_key(&self) -> Result<ClusterKey> {
         let random: [u8; 16] = cairn_env_real::random_bytes();
         let password = HostId(random).to_string();
@@ -204,18 +207,18 @@ impl Layout {
 
     /// Makes chunk server `n` as if it stood on a host of its own.
     pub fn make_cs(&self, n: usize, cluster: ClusterId) -> Result<()> {
-        let options = cairn_cs::MakeOptions {
+        let make = MakeCs {
             dir: self.cs_dir(n),
-            cluster_name: self.state.cluster.clone(),
             cluster,
-            addr: SocketAddr::from(([127, 0, 0, 1], self.state.cs_ports[n - 1])),
+            cluster_name: self.state.cluster.clone(),
+            host: HostId(cairn_env_real::random_bytes()),
             tier: 0,
             size: Some(self.state.cs_size),
-            host: HostId(cairn_env_real::random_bytes()),
-            durable_always: false,
+            device: None,
+            fill: false,
         };
-        cairn_cs::make_cs(&options)?;
-        Ok(())
+        let listen = SocketAddr::from(([127, 0, 0, 1], self.state.cs_ports[n - 1]));
+        verbs::cs::make_with_options(&make, &CsOptions { listen, durable_always: false })
     }
 
     /// What a program needs to use this cluster.
@@ -236,8 +239,20 @@ fn part_names() -> impl Iterator<Item = String> {
 }
 
 /// Ports nobody listens on, all different.
+///
+/// They lie below the range from which systems take ports of outgoing connections (from 32768 on): one of those could
+/// be taken by a connection, even of this cluster, before its server listens or while it is down.
 fn free_ports(count: usize) -> Result<Vec<u16>> {
-    let held: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
+    const FIRST: u16 = 15_000;
+    const PORT_COUNT: u16 = 17_000;
+    let random: [u8; 2] = cairn_env_real::random_bytes();
+    let start = u16::from_le_bytes(random) % PORT_COUNT;
+    let candidates = (0..PORT_COUNT).map(|step| FIRST + (start + step) % PORT_COUNT);
+    let held: Vec<TcpListener> =
+        candidates.filter_map(|port| TcpListener::bind(("127.0.0.1", port)).ok()).take(count).collect();
+    if held.len() < count {
+        bail!("no {count} free ports from {FIRST} on");
+    }
     held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
 }
 

@@ -1,7 +1,8 @@
 //! `cairn quickstart`: a whole cluster on this machine in seconds, made of the daemons an operator starts by hand.
 //!
-//! Three metadata servers, four chunk servers (each its own failure domain), a mount and an NBD export of the volume `demo`.
-//! With a command after `--` it runs the command against the cluster, stops the cluster and exits with the command's status.
+//! Three metadata servers, four chunk servers (each its own failure domain), a mount and an NBD export of the volume
+//! `demo`. With a command after `--` it runs the command against the cluster, stops the cluster and exits with the
+//! command's status.
 
 mod children;
 mod layout;
@@ -69,14 +70,13 @@ fn start_and_serve(
     args: &QuickstartArgs,
     layout: &Layout,
     context: &Context,
-    children: &mut Children,
+    children: &mut Children<'_>,
     stop: &children::StopFlag,
     fresh: bool,
     begun: Instant,
 ) -> Result<i32> {
     start_servers(layout, context, children, fresh)?;
     wait_until_whole(context, children, stop)?;
-    ensure_demo_volume(context)?;
     let mounted = start_front_ends(args, layout, children)?;
     children.write_pids()?;
     if args.command.is_empty() {
@@ -89,7 +89,7 @@ fn start_and_serve(
     run_command(args, layout, mounted)
 }
 
-fn start_servers(layout: &Layout, context: &Context, children: &mut Children, fresh: bool) -> Result<()> {
+fn start_servers(layout: &Layout, context: &Context, children: &mut Children<'_>, fresh: bool) -> Result<()> {
     if fresh {
         let key = layout.new_key()?;
         layout.make_first_mds(context, &key)?;
@@ -115,28 +115,38 @@ fn start_servers(layout: &Layout, context: &Context, children: &mut Children, fr
     Ok(())
 }
 
-/// Waits until every metadata server votes and every chunk server is active.
-fn wait_until_whole(context: &Context, children: &mut Children, stop: &children::StopFlag) -> Result<()> {
+/// Waits, on one session, until every metadata server votes and every chunk server is active; then makes the demo
+/// volume.
+fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &children::StopFlag) -> Result<()> {
     let begun = now();
-    loop {
-        children.fail_if_any_ended()?;
-        if stop.is_set() {
-            bail!("stopped while starting");
-        }
-        let stat = context.call(MdsRequest::Stat);
-        match stat {
-            Ok(MdsReply::Stat(stat)) if is_whole(&stat) => return Ok(()),
-            Ok(MdsReply::Stat(stat)) if begun.elapsed() > START_DEADLINE => {
-                let (mds, cs) = (stat.mds.iter().filter(|m| m.voter).count(), active(&stat));
-                bail!("only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs");
+    context.block_on(async |client| {
+        loop {
+            children.fail_if_any_ended()?;
+            if stop.is_set() {
+                bail!("stopped while starting");
             }
-            Ok(MdsReply::Stat(_)) => {}
-            Ok(other) => return Err(unexpected(&other)),
-            Err(error) if begun.elapsed() > START_DEADLINE => return Err(error),
-            Err(_) => {}
+            match client.call(MdsRequest::Stat).await {
+                Ok(MdsReply::Stat(stat)) if is_whole(&stat) => break,
+                Ok(MdsReply::Stat(stat)) if begun.elapsed() > START_DEADLINE => {
+                    let (mds, cs) = (stat.mds.iter().filter(|m| m.voter).count(), active(&stat));
+                    bail!(
+                        "only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs"
+                    );
+                }
+                Ok(MdsReply::Stat(_)) => {}
+                Ok(other) => return Err(unexpected(&other)),
+                Err(error) if begun.elapsed() > START_DEADLINE => return Err(error.into()),
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        children::pause(Duration::from_millis(20));
-    }
+        let options = VolumeOptions::default();
+        let request = MdsRequest::VolumeCreate { name: DEMO_VOLUME.to_owned(), size: DEMO_SIZE, options };
+        match client.call(request).await {
+            Ok(_) | Err(MdsError::Exists(_)) => Ok(()),
+            Err(error) => Err(anyhow::Error::from(error).context("create the demo volume")),
+        }
+    })
 }
 
 fn active(stat: &ClusterStat) -> usize {
@@ -147,18 +157,8 @@ fn is_whole(stat: &ClusterStat) -> bool {
     stat.mds.len() >= MDS_COUNT && stat.mds.iter().all(|mds| mds.voter) && active(stat) >= CS_COUNT
 }
 
-fn ensure_demo_volume(context: &Context) -> Result<()> {
-    let options = VolumeOptions::default();
-    let request = MdsRequest::VolumeCreate { name: DEMO_VOLUME.to_owned(), size: DEMO_SIZE, options };
-    match context.call(request) {
-        Ok(_) => Ok(()),
-        Err(error) if matches!(error.downcast_ref::<MdsError>(), Some(MdsError::Exists(_))) => Ok(()),
-        Err(error) => Err(error.context("create the demo volume")),
-    }
-}
-
 /// Starts NBD server and mount; true when the namespace is mounted.
-fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Children) -> Result<bool> {
+fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Children<'_>) -> Result<bool> {
     let listen = format!("127.0.0.1:{}", layout.state.nbd_port);
     let socket = layout.nbd_socket();
     let words = ["nbd", "serve", DEMO_VOLUME, "--listen", &listen, "--unix", &socket.display().to_string()];
@@ -172,6 +172,7 @@ fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Child
         return Ok(false);
     }
     let mount = layout.mount_dir();
+    children::take_away_dead_mount(&mount)?;
     children.start_front_end("mount", &["mount", "--foreground", &mount.display().to_string()])?;
     children.wait_for_mount(&mount)?;
     Ok(true)
@@ -194,7 +195,7 @@ fn run_command(args: &QuickstartArgs, layout: &Layout, mounted: bool) -> Result<
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }
 
-fn print_welcome(layout: &Layout, children: &Children, mounted: bool, took: Duration) {
+fn print_welcome(layout: &Layout, children: &Children<'_>, mounted: bool, took: Duration) {
     let cluster = &layout.state.cluster;
     println!("Cluster {cluster} serves after {:.1} s. It lives in {}.\n", took.as_secs_f64(), layout.dir.display());
     println!("{:<7} {:>7}  WHERE", "WHAT", "PID");

@@ -3,9 +3,10 @@
 use crate::context::{Context, unexpected};
 use anyhow::{Context as _, Result, bail};
 use cairn_types::{ClientId, format_size};
-use cairn_wire::mds::{ClusterHealth, ClusterStat, CsInfo, CsState, MdsReply, MdsRequest, Severity};
+use cairn_wire::mds::{ClusterHealth, ClusterStat, CsInfo, CsState, MdsInfo, MdsReply, MdsRequest, Severity};
 use clap::Args;
 use serde_json::json;
+use std::collections::VecDeque;
 
 /// Options of `list-services`.
 #[derive(Args, Debug)]
@@ -63,6 +64,15 @@ pub fn state_word(state: CsState) -> &'static str {
     }
 }
 
+fn mds_word(stat: &ClusterStat, server: &MdsInfo) -> &'static str {
+    match server {
+        _ if stat.leader == Some(server.mds) => "leader",
+        _ if stat.mds_silent.contains(&server.mds) => "silent",
+        _ if server.voter => "follower",
+        _ => "learner",
+    }
+}
+
 fn health_word(health: ClusterHealth) -> &'static str {
     match health {
         ClusterHealth::Healthy => "healthy",
@@ -92,7 +102,7 @@ pub fn list_services(context: &Context, args: &ListServicesArgs) -> Result<()> {
     if context.json() {
         let mds: Vec<_> = mds
             .iter()
-            .map(|m| json!({"id": m.mds.0, "addr": m.addr, "leader": stat.leader == Some(m.mds), "voter": m.voter, "repository": m.repository}))
+            .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(&stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter, "repository": m.repository}))
             .collect();
         let cs: Vec<_> = cs.iter().map(|c| cs_json(c)).collect();
         println!("{}", serde_json::to_string_pretty(&json!({"mds": mds, "cs": cs}))?);
@@ -100,11 +110,7 @@ pub fn list_services(context: &Context, args: &ListServicesArgs) -> Result<()> {
     }
     println!("{:<5} {:>6}  {:<22} {:<10} REPOSITORY", "TYPE", "ID", "ADDRESS", "STATE");
     for server in mds {
-        let state = match (stat.leader == Some(server.mds), server.voter) {
-            (true, _) => "leader",
-            (false, true) => "follower",
-            (false, false) => "learner",
-        };
+        let state = mds_word(&stat, server);
         println!("{:<5} {:>6}  {:<22} {state:<10} {}", "MDS", server.mds.0, server.addr, server.repository);
     }
     for server in cs {
@@ -128,7 +134,7 @@ pub fn stat(context: &Context) -> Result<()> {
     print_chunks(&stat);
     println!("\n{:<6} {:<22} {:<9}", "MDS", "ADDRESS", "STATE");
     for server in &stat.mds {
-        let state = if stat.leader == Some(server.mds) { "leader" } else { "follower" };
+        let state = mds_word(&stat, server);
         println!("{:<6} {:<22} {state:<9}", server.mds.0, server.addr);
     }
     println!(
@@ -186,7 +192,7 @@ fn stat_json(stat: &ClusterStat) -> Result<()> {
     let mds: Vec<_> = stat
         .mds
         .iter()
-        .map(|m| json!({"id": m.mds.0, "addr": m.addr, "leader": stat.leader == Some(m.mds), "voter": m.voter}))
+        .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter}))
         .collect();
     let clients: Vec<_> = stat
         .clients
@@ -237,8 +243,20 @@ pub fn set_config(context: &Context, args: &SetConfigArgs) -> Result<()> {
 
 /// Runs `get-event`.
 pub fn get_event(context: &Context, args: &GetEventArgs) -> Result<()> {
-    let request = MdsRequest::Events { after: args.after, limit: args.count };
-    let MdsReply::Events(events) = context.call(request)? else { bail!("unexpected answer") };
+    let events = context.block_on(async |client| {
+        let (mut newest, mut after) = (VecDeque::new(), args.after);
+        loop {
+            let MdsReply::Events(page) = client.call(MdsRequest::Events { after, limit: 1000 }).await? else {
+                bail!("unexpected answer to Events");
+            };
+            let Some(last) = page.last() else { return Ok(newest) };
+            after = last.number;
+            newest.extend(page);
+            while newest.len() > args.count as usize {
+                newest.pop_front();
+            }
+        }
+    })?;
     for event in events {
         let severity = match event.severity {
             Severity::Info => "info",

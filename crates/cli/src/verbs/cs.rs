@@ -2,9 +2,12 @@
 
 use crate::context::{Context, address};
 use anyhow::{Context as _, Result, bail};
+use cairn_cs::{CsRunConfig, MakeCs};
 use cairn_types::{CsId, HostId};
 use cairn_wire::mds::{CsInfo, CsState, MdsReply, MdsRequest};
 use clap::{Args, Subcommand};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// Options of `make-cs`.
@@ -13,7 +16,8 @@ pub struct MakeCsArgs {
     /// Directory on the disk to use; created if missing.
     #[arg(short = 'r', value_name = "DIR")]
     repository: PathBuf,
-    /// Address to listen on, `IP[:PORT]`; by default the address the metadata servers are reached from and any free port.
+    /// Address to listen on, `IP[:PORT]`; by default the address the metadata servers are reached from and any free
+    /// port.
     #[arg(short = 'a', value_name = "ADDR")]
     addr: Option<String>,
     /// Tier, 0 to 3.
@@ -22,6 +26,12 @@ pub struct MakeCsArgs {
     /// Space to use; by default nine tenths of what is free.
     #[arg(long, value_parser = crate::size)]
     size: Option<u64>,
+    /// Raw block device to use instead of a file in the directory; everything on it is lost.
+    #[arg(long, value_name = "DEV")]
+    device: Option<PathBuf>,
+    /// Writes the whole store now instead of ahead of use.
+    #[arg(long)]
+    fill: bool,
     /// Identity of the host, when several failure domains share this machine (tests).
     #[arg(long)]
     host_id: Option<HostId>,
@@ -67,26 +77,51 @@ pub fn free_space(path: &Path) -> Option<u64> {
 /// Runs `make-cs`.
 pub fn make(context: &Context, args: &MakeCsArgs) -> Result<()> {
     let name = context.name()?;
-    let cluster = context.block_on(async |client| Ok(client.cluster_id()))?;
+    let cluster = context.block_on(async |client| client.cluster().context("the cluster says who it is"))?;
     let addr = match &args.addr {
         Some(text) => address(text, 0)?,
         None => std::net::SocketAddr::new(route_to(context.mds()?[0])?, 0),
     };
     let host = args.host_id.map_or_else(|| context.host(), Ok)?;
-    let options = cairn_cs::MakeOptions {
+    let free = free_space(&args.repository).unwrap_or(u64::MAX);
+    if let Some(size) = args.size.filter(|size| args.device.is_none() && *size > free) {
+        let (size, free) = (cairn_types::format_size(size), cairn_types::format_size(free));
+        bail!("--size {size}: {} has only {free} free", args.repository.display());
+    }
+    let make = MakeCs {
         dir: args.repository.clone(),
-        cluster_name: name.to_owned(),
         cluster,
-        addr,
+        cluster_name: name.to_owned(),
+        host,
         tier: args.tier,
         size: args.size,
-        host,
-        durable_always: args.durable_always,
+        device: args.device.clone(),
+        fill: args.fill,
     };
-    cairn_cs::make_cs(&options)?;
+    make_with_options(&make, &CsOptions { listen: addr, durable_always: args.durable_always })?;
     eprintln!("chunk server of cluster {name} is made in {}", args.repository.display());
     eprintln!("run it with: cairn cs run -r {}", args.repository.display());
     Ok(())
+}
+
+/// What `make-cs` was told that only the daemon needs: `options.json` in the repository.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CsOptions {
+    /// Where it listens; port 0 takes any free one.
+    pub listen: SocketAddr,
+    /// Every write is durable before its answer.
+    pub durable_always: bool,
+}
+
+const OPTIONS_FILE: &str = "options.json";
+
+/// Makes a repository and leaves the options of its daemon there.
+pub fn make_with_options(make: &MakeCs, options: &CsOptions) -> Result<()> {
+    cairn_cs::make_cs(make, |_| {})?;
+    let path = make.dir.join(OPTIONS_FILE);
+    let text = serde_json::to_string_pretty(options)? + "\n";
+    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
 }
 
 /// The own address from which `to` is reached.
@@ -123,14 +158,15 @@ pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
 /// Runs `cs run`.
 pub fn run(verb: &CsVerb) -> Result<()> {
     let CsVerb::Run { repository } = verb;
-    let name = cairn_cs::cluster_name_of(repository)?;
+    let name = cairn_cs::read_identity(repository)?.cluster_name;
     let files = cairn_client::cluster::ClusterFiles::new(&name)?;
-    let config = cairn_cs::RunConfig {
-        dir: repository.clone(),
-        key: files.key()?,
-        mds: files.servers()?,
-        host_name: cairn_client::cluster::host_name(),
-    };
-    cairn_cs::run(config)?;
+    let path = repository.join(OPTIONS_FILE);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let options: CsOptions = serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
+    let mut config = CsRunConfig::new(repository.clone(), name, files.key()?, files.servers()?);
+    config.listen = Some(options.listen);
+    config.durable_always = options.durable_always;
+    config.host_name = cairn_client::cluster::host_name();
+    cairn_cs::run(&config)?;
     Ok(())
 }

@@ -26,7 +26,7 @@ pub fn run(_context: &Context, verb: &DoctorVerb) -> Result<i32> {
     let DoctorVerb::Cs { dir, deep } = verb;
     let path = if dir.is_dir() { dir.join("store") } else { dir.clone() };
     let file = std::fs::File::open(&path).with_context(|| format!("open {}", path.display()))?;
-    let size = cairn_env_real::file_size(&file).with_context(|| format!("find the size of {}", path.display()))?;
+    let size = file_size(&file).with_context(|| format!("find the size of {}", path.display()))?;
     let mut read = |offset: u64, len: u32| -> Result<Buf, DiskError> {
         let mut buf = BufMut::zeroed(len as usize);
         file.read_exact_at(&mut buf, offset).map_err(|_| DiskError {
@@ -40,4 +40,10 @@ pub fn run(_context: &Context, verb: &DoctorVerb) -> Result<i32> {
     let report = cairn_store::doctor::check(&mut read, size, *deep);
     println!("{report}");
     Ok(if report.is_healthy() { exit::DONE } else { exit::FAILED })
+}
+
+/// Size of a file or block device: both can be sought to their end.
+fn file_size(mut file: &std::fs::File) -> std::io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    file.seek(SeekFrom::End(0))
 }

@@ -1,19 +1,20 @@
 //! `cairn mount`: the namespace of a cluster as a file system. Also what mount(8) runs for `mount -t fuse.cairn`.
 
-use crate::Cli;
 use crate::context::Context;
 use crate::exit;
 use anyhow::{Context as _, Result, bail};
 use cairn_client::{Client, OnNoSpace};
 use cairn_fuse::MountOptions;
 use cairn_wire::mds::SessionKind;
-use clap::{Args, Parser};
+use clap::Args;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 /// Printed by the process in the background once the mount works.
 const READY: &str = "mounted";
+/// Set for the process in the background: it tells its failure on standard output.
+const BACKGROUND: &str = "CAIRN_MOUNT_BACKGROUND";
 
 /// Options of `mount`.
 #[derive(Args, Debug)]
@@ -35,6 +36,12 @@ pub struct MountArgs {
     /// Only the mounting user may look inside.
     #[arg(long)]
     private: bool,
+    /// Lets the kernel keep written data; for file systems used by one mount at a time.
+    #[arg(long)]
+    writeback: bool,
+    /// Options as mount(8) takes them, separated by commas.
+    #[arg(long = "options", value_name = "LIST")]
+    options: Vec<String>,
     /// Stays in the foreground.
     #[arg(short = 'f', long)]
     foreground: bool,
@@ -46,37 +53,95 @@ pub fn run(context: &Context, args: &MountArgs) -> Result<()> {
     if !args.dir.is_dir() {
         bail!("{} is not a directory; make it first", args.dir.display());
     }
-    if args.foreground { serve(context, args) } else { go_to_background() }
+    let options = options_of(context, args)?;
+    if args.foreground { serve(context, &options) } else { go_to_background(std::env::args_os().skip(1)) }
 }
 
-fn serve(context: &Context, args: &MountArgs) -> Result<()> {
-    let mut config = context.client_config(SessionKind::Client, &format!("mount {}", args.dir.display()))?;
-    config.on_no_space = if args.fail_on_nospace { OnNoSpace::Fail } else { OnNoSpace::Wait };
-    let fsname = format!("cairn://{}", context.name()?);
-    let client = Client::spawn(config)?;
-    let mut options = MountOptions::new(&args.dir);
+fn options_of(context: &Context, args: &MountArgs) -> Result<MountOptions> {
+    let mut options = MountOptions::new(context.name()?, &args.dir);
     options.read_only = args.read_only;
     options.fail_on_no_space = args.fail_on_nospace;
     options.log_file = args.log_file.clone();
-    options.fsname = fsname;
+    options.writeback = args.writeback;
     if let Some(threads) = args.threads {
         options.threads = threads;
     }
     if args.private {
         options.allow_other = false;
     }
-    let mounted = cairn_fuse::mount(client, options)?;
+    for list in &args.options {
+        options.apply(list)?;
+    }
+    Ok(options)
+}
+
+fn serve(context: &Context, options: &MountOptions) -> Result<()> {
+    let outcome = serve_until_unmounted(context, options);
+    if let (Err(error), true) = (&outcome, std::env::var_os(BACKGROUND).is_some()) {
+        println!("{error:#}");
+    }
+    outcome
+}
+
+fn serve_until_unmounted(context: &Context, options: &MountOptions) -> Result<()> {
+    let purpose = format!("mount {}", options.mountpoint.display());
+    let mut config = context.client_config(SessionKind::Client, &purpose)?;
+    config.on_no_space = if options.fail_on_no_space { OnNoSpace::Fail } else { OnNoSpace::Wait };
+    let mounted = cairn_fuse::mount(Client::spawn(config)?, options)?;
+    unmount_on_signal(mounted.mountpoint().to_owned())?;
     println!("{READY}");
-    mounted.wait_or_signal()?;
+    mounted.wait();
     Ok(())
 }
 
+/// SIGTERM and SIGINT unmount; [`cairn_fuse::Mounted::wait`] then cleans up. A mount that is in use is detached: it
+/// disappears for everybody else and ends with its last user.
+fn unmount_on_signal(mountpoint: PathBuf) -> Result<()> {
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let wait = move || -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+            let _ = ready.send(());
+            loop {
+                tokio::select! {
+                    biased;
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                if unmount(&mountpoint, 0).is_err() {
+                    eprintln!("{} is in use; it ends with its last user", mountpoint.display());
+                    let _ = unmount(&mountpoint, libc::MNT_DETACH);
+                }
+            }
+        })
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(wait).context("start a thread for signals")?;
+    is_ready.recv().context("catch signals")
+}
+
+/// Takes a mount away; `flags` as umount2(2) takes them.
+#[expect(unsafe_code, reason = "umount2(2)")]
+fn unmount(mountpoint: &std::path::Path, flags: libc::c_int) -> std::io::Result<()> {
+    let path = std::ffi::CString::new(std::os::unix::ffi::OsStrExt::as_bytes(mountpoint.as_os_str()))?;
+    // SAFETY: a plain system call on a NUL-terminated path that outlives it.
+    match unsafe { libc::umount2(path.as_ptr(), flags) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// Starts this command again with `--foreground` and waits until its mount works.
-fn go_to_background() -> Result<()> {
+fn go_to_background(words: impl Iterator<Item = std::ffi::OsString>) -> Result<()> {
     use std::os::unix::process::CommandExt;
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(std::env::args_os().skip(1)).arg("--foreground");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    // Under the same name: the mount helper takes its own kind of arguments.
+    command.arg0(std::env::args_os().next().unwrap_or_default());
+    command.args(words).arg("--foreground");
+    // Lines for the operator go to the log file; a pipe would break once this process has ended.
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).process_group(0);
+    command.env(BACKGROUND, "1");
     let mut child = command.spawn().context("start the mount in the background")?;
     let stdout = child.stdout.take().context("the child has a pipe")?;
     let mut line = String::new();
@@ -84,53 +149,33 @@ fn go_to_background() -> Result<()> {
     if line.trim() == READY {
         return Ok(());
     }
-    let mut reason = String::new();
-    if let Some(stderr) = child.stderr.take() {
-        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-            reason = line;
-        }
-    }
     child.wait()?;
-    bail!("{}", reason.trim_start_matches("cairn: "))
+    let reason = line.trim();
+    if reason.is_empty() { bail!("the mount ended without a word") } else { bail!("{reason}") }
 }
 
 /// When mount(8) runs us as `mount.fuse.cairn cairn://NAME DIR [-o OPTIONS]`: mounts and gives the exit code.
 pub fn run_as_mount_helper() -> Option<i32> {
-    let arguments: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let arguments: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let own_name = PathBuf::from(arguments.first()?).file_name()?.to_string_lossy().into_owned();
     if !own_name.starts_with("mount.") {
         return None;
     }
-    let code = match cairn_fuse::parse_mount_args(&arguments[1..]) {
-        Ok(parsed) => mount_from_fstab(&parsed),
-        Err(error) => Err(error.into()),
-    };
-    Some(match code {
-        Ok(()) => exit::DONE,
+    match mount_from_fstab(&arguments[1..]) {
+        Ok(()) => Some(exit::DONE),
         Err(error) => {
             eprintln!("{own_name}: {error:#}");
-            exit::code_of(&error)
+            Some(exit::code_of(&error))
         }
-    })
+    }
 }
 
-fn mount_from_fstab(parsed: &cairn_fuse::MountRequest) -> Result<()> {
-    let mut words: Vec<std::ffi::OsString> = vec!["cairn".into(), "-c".into(), parsed.cluster.clone().into()];
-    words.push("mount".into());
-    words.extend(parsed.flags().map(Into::into));
-    words.push(parsed.options.mountpoint.clone().into());
-    let cli = Cli::try_parse_from(&words)?;
-    let crate::Verb::Mount(args) = &cli.verb else { unreachable!("the words say mount") };
-    let context = Context::new(&cli);
+fn mount_from_fstab(arguments: &[String]) -> Result<()> {
+    let request = cairn_fuse::parse_mount_args(arguments)?;
+    let context = Context::of(&request.cluster, &cairn_client::cluster::config_dir());
     context.key()?;
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(&words[1..]).env("CAIRN_CLUSTER", &parsed.cluster);
-    if args.foreground {
-        return serve(&context, args);
+    if request.foreground || arguments.iter().any(|word| word == "--foreground") {
+        return serve(&context, &request.options);
     }
-    let status = command.status().context("start the mount")?;
-    if !status.success() {
-        bail!("mounting {} failed", parsed.options.mountpoint.display());
-    }
-    Ok(())
+    go_to_background(std::env::args_os().skip(1))
 }

@@ -85,7 +85,7 @@ async fn serve(client: &LocalClient, verb: &NbdVerb) -> Result<()> {
         bail!("nothing to listen on: give --unix PATH or drop --no-tcp");
     }
     stop_signal().await?;
-    server.shutdown().await;
+    server.shutdown(std::time::Duration::from_secs(5)).await;
     for volume in open {
         release(&volume).await;
     }
@@ -125,7 +125,7 @@ async fn open_volume(client: &LocalClient, name: &str, read_only: bool) -> Resul
 /// Gives a lease back and waits for it.
 pub async fn release(volume: &LocalVolume) {
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    volume.release_with(move |_| drop(sender.send(())));
+    volume.clone().release_with(move || sender.send(()).unwrap_or(()));
     let _ = receiver.await;
 }
 

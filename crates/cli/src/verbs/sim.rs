@@ -20,7 +20,8 @@ pub struct SimArgs {
     /// Runs fresh seeds for so many minutes.
     #[arg(long)]
     minutes: Option<u64>,
-    /// Turns a planted bug on and reports the seed that found it; `all` for each in turn. Needs a build with `--features planted`.
+    /// Turns a planted bug on and reports the seed that found it; `all` for each in turn. Needs a build with
+    /// `--features planted`.
     #[arg(long)]
     planted: Option<String>,
     /// Runs the seeds of the regression list.

@@ -156,7 +156,7 @@ fn list(context: &Context) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
-    println!("{:<24} {:>10} {:>9} {:>8} {:>5}  {}", "NAME", "SIZE", "REPLICAS", "CHUNKS", "TIER", "IN USE BY");
+    println!("{:<24} {:>10} {:>9} {:>8} {:>5}  IN USE BY", "NAME", "SIZE", "REPLICAS", "CHUNKS", "TIER");
     for info in &volumes {
         let size = format_size(info.size);
         let holder = info.holder.map_or("-".to_owned(), |(client, _)| client.to_string());

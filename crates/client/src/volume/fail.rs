@@ -1,8 +1,8 @@
 //! Servers and copies that fail (rule 3).
 //!
 //! A failed server is taken out of every replica set of the volume by one call to the metadata servers. What the answer
-//! changes is raised on the remaining replicas; then writes under way count the new sets. Where the server held the last
-//! current copy nothing changes, and its requests wait for its return.
+//! changes is raised on the remaining replicas; then writes under way count the new sets. Where the server held the
+//! last current copy nothing changes, and its requests wait for its return.
 
 use super::{Fence, Volume, VolumeCall};
 use crate::io::Ctx;
@@ -12,7 +12,8 @@ use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 use std::collections::BTreeSet;
 
 const LATER: Duration = Duration::from_secs(1);
-/// So long a server is waited for that alone may hold unflushed writes, because all others lost power in the same moment.
+/// So long a server is waited for that alone may hold unflushed writes, because all others lost power in the same
+/// moment.
 const LAST_GOOD_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Volume {
@@ -60,6 +61,9 @@ impl Volume {
         self.tracker.freeze(slot);
         self.hold_flushes(ctx, slot);
         self.begin_reconcile(ctx);
+        // What it was asked to read before it died it would answer from what the power cut left: ask after the
+        // reconciliation.
+        self.move_reads(ctx, slot);
         self.skip_internal_flush(ctx, slot);
     }
 
@@ -121,8 +125,8 @@ impl Volume {
         ctx.call(request, self.waiter(VolumeCall::Failed { slot, index: None }));
     }
 
-    /// True when the other current replicas of a chunk restarted and are not reconciled yet, so that without this server
-    /// unflushed writes would be gone that it may still have.
+    /// True when the other current replicas of a chunk restarted and are not reconciled yet, so that without this
+    /// server unflushed writes would be gone that it may still have.
     fn is_last_good(&self, slot: u16) -> bool {
         !self.tracker.is_frozen(slot)
             && self.chunks.values().filter(|chunk| chunk.unsettled > 0).filter_map(|chunk| chunk.entry.as_ref()).any(
@@ -213,7 +217,6 @@ impl Volume {
 
     fn go_on_without(&mut self, ctx: &mut Ctx<'_>, slot: u16, mut touched: Vec<u64>) {
         let key = self.key;
-        self.move_reads(ctx, slot);
         self.give_up_settles(ctx, slot);
         let server = self.server_mut(slot);
         server.failing = false;
@@ -223,7 +226,10 @@ impl Volume {
         }
         let number = server.number;
         touched.append(&mut std::mem::take(&mut server.chunks));
-        ctx.servers.cancel(number, |owner| owner.place().0 == key);
+        // Reads move last: where this server keeps the only copy they go to it again, and must not be cancelled with
+        // the rest.
+        ctx.servers.cancel(number, |owner| owner.place().0 == key && !owner.reads());
+        self.move_reads(ctx, slot);
         touched.append(&mut self.unsend(slot));
         touched.append(&mut self.restart_preparations());
         touched.sort_unstable();

@@ -1,8 +1,8 @@
 //! Flushes and settling (rules 5 and 6).
 //!
-//! A flush asks every server that holds unsettled writes and is not known to be clean, and ends when all have answered. A server
-//! that failed is waited for until its chunks are raised without it; one that restarted until it is reconciled, since what it
-//! would flush after the restart is not what it had acknowledged before.
+//! A flush asks every server that holds unsettled writes and is not known to be clean, and ends when all have answered.
+//! A server that failed is waited for until its chunks are raised without it; one that restarted until it is
+//! reconciled, since what it would flush after the restart is not what it had acknowledged before.
 
 use super::ops::{Done, Kind};
 use super::tracker::Tracker;
@@ -121,8 +121,8 @@ impl Volume {
         ids
     }
 
-    /// Servers that failed may be needed by no unsettled write any more: flushes go on without them. Those still needed are
-    /// asked again when `resend` names them.
+    /// Servers that failed may be needed by no unsettled write any more: flushes go on without them. Those still needed
+    /// are asked again when `resend` names them.
     pub(super) fn recheck_flushes(&mut self, ctx: &mut Ctx<'_>, resend: Option<u16>) {
         for id in self.flush_ops() {
             let Some(Kind::Flush { waiting, upto }) = self.ops.get(&id).map(|op| &op.kind) else { continue };

@@ -1,8 +1,8 @@
 //! Range locks of one volume: overlapping operations run in the order of their submission (rule 4).
 //!
-//! Readers share, writers exclude. An operation waits exactly for the earlier ones that overlap it and conflict with it, so
-//! nothing starves and nothing deadlocks. Most operations touch one or two cells of 256 KiB; an operation over more than
-//! [`CELLS_MAX`] cells is *wide* and is compared with everything, which is rare (discards of whole devices).
+//! Readers share, writers exclude. An operation waits exactly for the earlier ones that overlap it and conflict with
+//! it, so nothing starves and nothing deadlocks. Most operations touch one or two cells of 256 KiB; an operation over
+//! more than [`CELLS_MAX`] cells is *wide* and is compared with everything, which is rare (discards of whole devices).
 
 use cairn_stdx::FixedMap;
 
@@ -45,8 +45,8 @@ pub(crate) struct RangeLocks {
 }
 
 impl RangeLocks {
-    /// Queues `ticket` for the blocks `first..end`. True when it may run at once; otherwise [`RangeLocks::release`] names it
-    /// later.
+    /// Queues `ticket` for the blocks `first..end`. True when it may run at once; otherwise [`RangeLocks::release`]
+    /// names it later.
     pub(crate) fn acquire(&mut self, ticket: u64, first: u64, end: u64, exclusive: bool) -> bool {
         assert!(first < end, "a range lock covers at least one block");
         let mut mine = Held { first, end, exclusive, blockers: 0 };
@@ -84,7 +84,8 @@ impl RangeLocks {
         self.wide.iter().filter(|ticket| self.held[ticket].conflicts(mine)).for_each(|ticket| visit(*ticket));
     }
 
-    /// Gives a lock up, held or waited for, and appends the tickets that may run now to `ready`, in order of submission.
+    /// Gives a lock up, held or waited for, and appends the tickets that may run now to `ready`, in order of
+    /// submission.
     pub(crate) fn release(&mut self, ticket: u64, ready: &mut Vec<u64>) {
         let mine = self.held.remove(&ticket).expect("only a queued ticket is released");
         if mine.is_wide() {

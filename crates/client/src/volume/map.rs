@@ -1,10 +1,10 @@
 //! The chunk map cache, and what a chunk needs before it may be used.
 //!
-//! [`Volume::drive`] takes a chunk one step further: fetch its entry, allocate it, fence its servers, create it, raise it. When
-//! nothing is left it is *ready*: writes under way are matched with the replica set in force, and waiting parts start.
-//! A version change of a chunk with writes under way or unsettled always raises every replica before any of those writes may be
-//! acknowledged or settled without a server that left the set: only then do they stand in the new version, and a resync of that
-//! server will copy them (rule 2).
+//! [`Volume::drive`] takes a chunk one step further: fetch its entry, allocate it, fence its servers, create it, raise
+//! it. When nothing is left it is *ready*: writes under way are matched with the replica set in force, and waiting
+//! parts start. A version change of a chunk with writes under way or unsettled always raises every replica before any
+//! of those writes may be acknowledged or settled without a server that left the set: only then do they stand in the
+//! new version, and a resync of that server will copy them (rule 2).
 
 use super::write::Body;
 use super::{Fence, State, Volume, VolumeCall};
@@ -133,6 +133,16 @@ impl Volume {
             chunk.ready = false;
             chunk.known = holes || self.virgin;
             chunk.fetch = false;
+            // Preparations under way were for a chunk that is gone: their answers mean nothing, and nobody else would
+            // ever count them down.
+            chunk.want = false;
+            chunk.create = false;
+            chunk.raise = false;
+            chunk.calls = 0;
+            chunk.round = chunk.round.wrapping_add(1);
+            if !chunk.waiting.is_empty() {
+                self.forgotten.push(*index);
+            }
         }
         order.retain(|index| {
             let chunk = &self.chunks[index];
@@ -326,11 +336,9 @@ impl Volume {
                     chunk.create = false;
                     self.drive(ctx, index);
                 }
-                return;
             }
             Err(CsError::StaleEpoch { .. }) => {
                 self.die(ctx, BlockError::Fenced);
-                return;
             }
             Err(error) => {
                 // Whatever went wrong, this round is over; the next begins with a fresh look.
@@ -385,8 +393,8 @@ impl Volume {
         touched
     }
 
-    /// Looks the entry up again without waiting for the answer: what is known stays in use, and goes on to be used when no
-    /// metadata server can be reached.
+    /// Looks the entry up again without waiting for the answer: what is known stays in use, and goes on to be used when
+    /// no metadata server can be reached.
     pub(super) fn refresh(&mut self, ctx: &mut Ctx<'_>, index: u64) {
         let Some(chunk) = self.chunks.get_mut(&index) else { return };
         chunk.hint = false;
@@ -445,7 +453,8 @@ impl Volume {
             if entry.index != index {
                 others.push(entry.index);
             }
-            // What lies past the index asked for is taken as it comes; an index nobody knew cannot have writes under way.
+            // What lies past the index asked for is taken as it comes; an index nobody knew cannot have writes under
+            // way.
             self.adopt_entry(ctx, entry, false);
         }
         let chunk = self.chunk(index);

@@ -37,7 +37,11 @@ use std::collections::VecDeque;
 use tracker::Tracker;
 use write::Part;
 
-const ACQUIRE_EVERY: Duration = Duration::from_millis(200);
+/// How soon a lease that somebody else holds is asked for again, at first; then twice as long each time. A holder that
+/// only read, or has closed the file, gives it back within milliseconds.
+const ACQUIRE_AGAIN: Duration = Duration::from_millis(5);
+/// And at most. Each attempt is a command in the metadata servers' log.
+const ACQUIRE_AGAIN_MAX: Duration = Duration::from_millis(200);
 const TICK: Duration = Duration::from_millis(500);
 
 /// Calls a volume makes to the metadata servers.
@@ -80,6 +84,8 @@ struct VolServer {
 enum State {
     Acquiring {
         deadline: Instant,
+        /// How long to wait before the next attempt.
+        again: Duration,
     },
     Fencing,
     Open,
@@ -125,6 +131,8 @@ pub(crate) struct Volume {
 
     chunks: FixedMap<u64, Chunk>,
     chunk_order: VecDeque<u64>,
+    /// Chunks that were forgotten while parts waited for them: driven again by the next pump.
+    forgotten: Vec<u64>,
     /// No chunk existed when the lease was granted: what is not in the cache is a hole.
     virgin: bool,
     allocate: Vec<u64>,
@@ -158,7 +166,7 @@ impl Volume {
             size: 0,
             rule,
             chunk_blocks: 1,
-            state: State::Acquiring { deadline },
+            state: State::Acquiring { deadline, again: ACQUIRE_AGAIN },
             refs: 0,
             openers: Vec::new(),
             successors: Vec::new(),
@@ -176,6 +184,7 @@ impl Volume {
             locks: RangeLocks::default(),
             chunks: FixedMap::default(),
             chunk_order: VecDeque::new(),
+            forgotten: Vec::new(),
             virgin: false,
             allocate: Vec::new(),
             allocating: false,
@@ -262,14 +271,17 @@ impl Volume {
     }
 
     fn on_acquired(&mut self, ctx: &mut Ctx<'_>, result: Result<MdsReply, MdsError>) {
-        let State::Acquiring { deadline } = self.state else { return };
+        let State::Acquiring { deadline, again } = self.state else { return };
         match result {
             Ok(MdsReply::Lease(grant)) => self.begin(ctx, grant),
             Err(MdsError::Held { holder, .. }) if ctx.io.now >= deadline => {
                 let volume = self.id;
                 self.fail_open(ctx, OpenError::Held { volume, holder });
             }
-            Err(MdsError::Held { .. }) => ctx.io.timers.after(ctx.io.now, ACQUIRE_EVERY, Timer::Acquire(self.key)),
+            Err(MdsError::Held { .. }) => {
+                ctx.io.timers.after(ctx.io.now, again, Timer::Acquire(self.key));
+                self.state = State::Acquiring { deadline, again: (again * 2).min(ACQUIRE_AGAIN_MAX) };
+            }
             Err(error) => self.fail_open(ctx, OpenError::Mds(error)),
             Ok(other) => {
                 self.fail_open(ctx, OpenError::Mds(MdsError::Invalid(format!("unexpected answer {other:?}"))));
@@ -308,8 +320,8 @@ impl Volume {
         self.virgin = grant.servers.is_empty() && grant.clean;
         self.state = State::Fencing;
         self.last_traffic = ctx.io.now;
-        // The first number stands for the opening itself: no mark above zero, and so no tail of an earlier epoch dropped at a
-        // server, before the opening has ended.
+        // The first number stands for the opening itself: no mark above zero, and so no tail of an earlier epoch
+        // dropped at a server, before the opening has ended.
         self.opening_sequence = self.tracker.issue(u64::MAX, 0);
         for cs in grant.servers {
             let slot = self.slot_of(ctx, cs);
@@ -580,18 +592,23 @@ impl Volume {
         }
     }
 
-    /// The front end or the metadata servers changed the size. Shrinking forgets the map past the end: those chunks are gone.
-    pub(crate) fn set_size(&mut self, size: u64) {
+    /// The front end or the metadata servers changed the size. Shrinking forgets the map past the end: those chunks are
+    /// gone.
+    pub(crate) fn set_size(&mut self, ctx: &mut Ctx<'_>, size: u64) {
         let shrunk = size < self.size;
         self.size = size;
         if shrunk {
             let first = size.div_ceil(self.chunk_blocks * BLOCK_SIZE_U64);
             self.forget_chunks(first, u64::MAX, false);
+            self.pump(ctx);
         }
     }
 
     /// Runs what became ready, until nothing is.
     fn pump(&mut self, ctx: &mut Ctx<'_>) {
+        for index in std::mem::take(&mut self.forgotten) {
+            self.drive(ctx, index);
+        }
         while !self.ready_ops.is_empty() {
             for op in std::mem::take(&mut self.ready_ops) {
                 self.start_op(ctx, op);

@@ -1,7 +1,8 @@
 //! Operations as users ask them: checked, locked, cut into parts, put together again.
 //!
-//! An operation goes through at most two stages: *reading* what it needs (the partial blocks at the ends of an unaligned
-//! write, what a compare-and-write compares, a block to copy) and *acting*. Its range lock covers both, so nobody sees the middle.
+//! An operation goes through at most two stages: *reading* what it needs (the partial blocks at the ends of an
+//! unaligned write, what a compare-and-write compares, a block to copy) and *acting*. Its range lock covers both, so
+//! nobody sees the middle.
 
 use super::Volume;
 use super::write::{Body, Part, ReadPart, WritePart};
@@ -159,7 +160,6 @@ impl Volume {
     }
 
     /// What to do; nothing; an answer at once.
-    #[expect(clippy::type_complexity, reason = "private, and told apart right at the only call")]
     fn check(&self, op: BlockOp) -> Result<Option<Kind>, Result<BlockReply, BlockError>> {
         if let Some(error) = self.death() {
             return Err(Err(error.clone()));
@@ -594,7 +594,8 @@ impl Volume {
         }
     }
 
-    /// Rewrites blocks whose copy is damaged somewhere, with what a good copy holds, under the lock of an ordinary write.
+    /// Rewrites blocks whose copy is damaged somewhere, with what a good copy holds, under the lock of an ordinary
+    /// write.
     pub(super) fn repair(&mut self, ctx: &mut Ctx<'_>, index: u64, first: u32, count: u32, good: u16) {
         if self.mode != LeaseMode::Exclusive || self.repairs as usize >= REPAIRS_MAX {
             return;
@@ -606,7 +607,8 @@ impl Volume {
     }
 }
 
-/// The whole blocks to write for an unaligned range: partial blocks at the ends merged with what was read, the middle as is.
+/// The whole blocks to write for an unaligned range: partial blocks at the ends merged with what was read, the middle
+/// as is.
 fn merge_edges(offset: u64, data: &Buf, edges: &[Option<Buf>]) -> Vec<Buf> {
     let start = (offset % BLOCK_SIZE_U64) as usize;
     let tail = (start + data.len()) % BLOCK_SIZE;
@@ -672,7 +674,7 @@ mod tests {
             if !offset.is_multiple_of(BLOCK_SIZE_U64) {
                 edges.push(Some(Buf::copy_from(&old)));
             }
-            if !(offset + len as u64).is_multiple_of(BLOCK_SIZE_U64) && !(edges.len() == 1 && end == first + 1) {
+            if !((offset + len as u64).is_multiple_of(BLOCK_SIZE_U64) || edges.len() == 1 && end == first + 1) {
                 edges.push(Some(Buf::copy_from(&old)));
             }
             let merged: Vec<u8> = merge_edges(offset, &data, &edges).iter().flat_map(|b| b.to_vec()).collect();

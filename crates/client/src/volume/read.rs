@@ -1,8 +1,8 @@
 //! One read at a replica (rules 10 and 11), and the mapped ranges of a chunk.
 //!
-//! A replica that cannot answer well is remembered with what it said and the next one is asked. When the lease is not known to
-//! be alive by the clock, the other current replicas are asked in the same round trip to confirm that our epoch is still the
-//! highest; a hole, which no replica holds, is confirmed by every server of the volume.
+//! A replica that cannot answer well is remembered with what it said and the next one is asked. When the lease is not
+//! known to be alive by the clock, the other current replicas are asked in the same round trip to confirm that our
+//! epoch is still the highest; a hole, which no replica holds, is confirmed by every server of the volume.
 
 use super::map::Entry;
 use super::write::{Body, Part};
@@ -36,6 +36,16 @@ impl Volume {
         match self.parts.get_mut(id) {
             Some(Part { body: Body::Read(read), index, first, count, .. }) => Some((read, *index, *first, *count)),
             _ => None,
+        }
+    }
+
+    /// What a read was answered or is still to be answered counts no more.
+    pub(super) fn take_back_read(&mut self, id: u64) {
+        if let Some((read, ..)) = self.read_part(id) {
+            read.attempt += 1;
+            read.at = None;
+            read.data = None;
+            read.confirms = 0;
         }
     }
 
@@ -156,8 +166,8 @@ impl Volume {
         self.ask_confirms(ctx, id, attempt, &slots);
     }
 
-    /// The replica to ask: one with a link, on this host, with little to do; equals take turns. `sources` come first; with
-    /// `strict` nobody else will do.
+    /// The replica to ask: one with a link, on this host, with little to do; equals take turns. `sources` come first;
+    /// with `strict` nobody else will do.
     fn choose(
         &mut self,
         ctx: &Ctx<'_>,
@@ -186,8 +196,8 @@ impl Volume {
         best.map(|(_, slot)| slot)
     }
 
-    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A holder whose copy
-    /// is damaged is taken out first, or it would win again.
+    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A holder
+    /// whose copy is damaged is taken out first, or it would win again.
     fn source_lost(&mut self, ctx: &mut Ctx<'_>, id: u64, bad: &[(u16, DataStatus)]) {
         let Some((_, index, ..)) = self.read_part(id) else { return };
         for (slot, _) in bad {
@@ -203,7 +213,8 @@ impl Volume {
         if entry.current().count() == 0 {
             self.retry_read(ctx, id);
         } else if said(DataStatus::NoSuchChunk) == bad.len() {
-            // Allocated and never written: all current replicas agree that there is nothing, and all were asked at our epoch.
+            // Allocated and never written: all current replicas agree that there is nothing, and all were asked at our
+            // epoch.
             let zeros = ctx.zeros.slice(0, count as usize * BLOCK_SIZE);
             self.finish_part(ctx, id, Ok(Some(zeros)));
         } else {
@@ -255,7 +266,8 @@ impl Volume {
                 chunk.ready = false;
             }
             DataStatus::VersionMismatch if detail == entry.version => {
-                // The entry was renewed while the read was under way, or the copy is being rebuilt: look again in a moment.
+                // The entry was renewed while the read was under way, or the copy is being rebuilt: look again in a
+                // moment.
                 self.retry_read(ctx, id);
                 return;
             }

@@ -1,9 +1,10 @@
 //! Making replicas equal again (rules 7 and 8): after a lease was taken over uncleanly, and after a server restarted.
 //!
-//! Stages: *drain* what is under way; ask the servers for their *tails*; find the chunks the tails name in the *map*; *prepare*
-//! them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of the current
-//! replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only then the settled mark
-//! moves and the volume goes on. Should anything fail on the way it begins again: every step can be repeated.
+//! Stages: *drain* what is under way; ask the servers for their *tails*; find the chunks the tails name in the *map*;
+//! *prepare* them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of
+//! the current replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only
+//! then the settled mark moves and the volume goes on. Should anything fail on the way it begins again: every step can
+//! be repeated.
 
 use super::map::Entry;
 use super::ops::{Done, Kind};
@@ -176,8 +177,8 @@ impl Volume {
         self.check_drained(ctx);
     }
 
-    /// A server restarted in the middle: what its tail said is not true any more. Nothing is copied by the old plan; copies
-    /// already read are written out, then all begins anew.
+    /// A server restarted in the middle: what its tail said is not true any more. Nothing is copied by the old plan;
+    /// copies already read are written out, then all begins anew.
     fn abort_reconcile(&mut self, ctx: &mut Ctx<'_>) {
         let reading = self.reading_copies();
         let Some(reconcile) = &mut self.reconcile else { return };
@@ -267,9 +268,9 @@ impl Volume {
         let (epoch, settled) = (self.epoch, self.tracker.settled());
         let opening = self.state == State::Fencing;
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
-        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within our own
-        // lease that is everything of older epochs too: keeping an old write of a block while dropping the newer one that
-        // settled would roll the block back.
+        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within
+        // our own lease that is everything of older epochs too: keeping an old write of a block while dropping
+        // the newer one that settled would roll the block back.
         if !opening {
             for tail in reconcile.tails.values_mut() {
                 tail.retain(|entry| (entry.epoch, entry.sequence) > (epoch, Sequence(settled)));

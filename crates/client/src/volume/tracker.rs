@@ -1,12 +1,13 @@
 //! Which writes are settled (rule 5): acknowledged, and durable on every server they were sent to.
 //!
-//! The tracker holds every unsettled write of one epoch in order of sequence. The mark `S` is the largest sequence such that
-//! every write up to it is acknowledged and each of its servers reported a durable mark at or above it. A server's durable
-//! mark is the *latest* it reported, not the highest: it falls when a write arrives late, and only the latest is true of what
-//! has been received until now.
+//! The tracker holds every unsettled write of one epoch in order of sequence. The mark `S` is the largest sequence such
+//! that every write up to it is acknowledged and each of its servers reported a durable mark at or above it. A server's
+//! durable mark is the *latest* it reported, not the highest: it falls when a write arrives late, and only the latest
+//! is true of what has been received until now.
 //!
-//! A server stays in the set of a write until the write is known to stand in a version without it (the chunk was raised on
-//! all others): dropping it earlier would let `S` pass a write that a stale copy lacks and a later resync would not copy.
+//! A server stays in the set of a write until the write is known to stand in a version without it (the chunk was raised
+//! on all others): dropping it earlier would let `S` pass a write that a stale copy lacks and a later resync would not
+//! copy.
 
 use std::collections::VecDeque;
 
@@ -185,9 +186,9 @@ impl Tracker {
         }
     }
 
-    /// The server in `slot` joined the set of chunk `index` with version `since`: acknowledged writes of older versions are in
-    /// its copy, but not in its tail, so a later version change would not mark them there. True when there are such; they
-    /// need that server from now on.
+    /// The server in `slot` joined the set of chunk `index` with version `since`: acknowledged writes of older versions
+    /// are in its copy, but not in its tail, so a later version change would not mark them there. True when there
+    /// are such; they need that server from now on.
     pub(crate) fn joined(&mut self, index: u64, slot: u16, since: u64) -> bool {
         let mut any = false;
         for entry in self.entries.iter_mut().filter(|entry| entry.index == index) {

@@ -126,14 +126,10 @@ impl WritePart {
 impl Volume {
     /// Starts a part as soon as nothing stands in its way.
     pub(super) fn start_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        let Some(part) = self.parts.get_mut(id) else { return };
+        let Some(part) = self.parts.get(id) else { return };
         let index = part.index;
         if self.paused && !part.internal && !(part.started && matches!(part.body, Body::Write(_))) {
-            // A read that has to be asked anew waits as well: who would answer may not be reconciled yet.
-            if std::mem::take(&mut part.started) {
-                self.started -= 1;
-            }
-            self.held_parts.push_back(id);
+            self.hold_part(ctx, id);
             return;
         }
         if !self.chunk(index).ready {
@@ -144,6 +140,20 @@ impl Volume {
             Body::Read(_) => self.start_read(ctx, id),
             Body::Extents { .. } => self.start_extents(ctx, id),
             Body::Write(_) => self.start_write(ctx, id),
+        }
+    }
+
+    /// Keeps a part until the volume goes on. A read that has to be asked anew waits as well: who would answer may not
+    /// be reconciled yet. The reconciliation may have waited for it.
+    fn hold_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        if !self.held_parts.contains(&id) {
+            self.held_parts.push_back(id);
+        }
+        self.take_back_read(id);
+        let part = self.parts.get_mut(id).expect("the caller holds it");
+        if std::mem::take(&mut part.started) {
+            self.started -= 1;
+            self.check_drained(ctx);
         }
     }
 
@@ -342,8 +352,8 @@ impl Volume {
         self.drive(ctx, index);
     }
 
-    /// Every current replica was asked and some have no such chunk: if none has it, it was allocated and never created, so it is
-    /// created now; otherwise those without it have lost it.
+    /// Every current replica was asked and some have no such chunk: if none has it, it was allocated and never created,
+    /// so it is created now; otherwise those without it have lost it.
     fn check_missing(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let Some(part) = self.parts.get(id) else { return };
         let index = part.index;

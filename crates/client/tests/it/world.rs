@@ -1,5 +1,5 @@
-//! A small world in virtual time: real chunk servers over simulated disks, the real metadata state machine behind a thin
-//! server, clients; links are queues with delays.
+//! A small world in virtual time: real chunk servers over simulated disks, the real metadata state machine behind a
+//! thin server, clients; links are queues with delays.
 
 use cairn_client::{ClientCore, Completion, CoreConfig, Notice, OnNoSpace, OpenError, SizeRule, VolumeHandle};
 use cairn_cs::{CsConfig, CsCore};
@@ -595,11 +595,12 @@ impl World {
             Happening::Step(place, incarnation, event) if self.places[place].incarnation == incarnation => {
                 self.step(place, event);
             }
-            Happening::Timer(place, incarnation) if self.places[place].incarnation == incarnation => {
-                if self.places[place].wake.is_some_and(|wake| wake <= self.now) {
-                    self.places[place].wake = None;
-                    self.step(place, Event::Timer);
-                }
+            Happening::Timer(place, incarnation)
+                if self.places[place].incarnation == incarnation
+                    && self.places[place].wake.is_some_and(|wake| wake <= self.now) =>
+            {
+                self.places[place].wake = None;
+                self.step(place, Event::Timer);
             }
             Happening::Disk(place, incarnation) if self.places[place].incarnation == incarnation => {
                 let mut rng = self.rng.split(self.tick);

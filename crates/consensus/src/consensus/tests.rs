@@ -141,8 +141,8 @@ fn random_message(rng: &mut Rng, status: &Status) -> Message {
     message
 }
 
-/// Valid frames in mad order (I19): peers that lie, forget and contradict themselves do not bring a node down. What they
-/// say may be wrong only within what the protocol cannot check, so commit indexes of appends stay honest here.
+/// Valid frames in mad order (I19): peers that lie, forget and contradict themselves do not bring a node down. What
+/// they say may be wrong only within what the protocol cannot check, so commit indexes of appends stay honest here.
 #[test]
 fn messages_in_mad_order_never_panic() {
     for seed in 0..1000 {

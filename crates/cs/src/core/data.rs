@@ -1,6 +1,7 @@
 //! The request path: reads, writes, unmaps, flushes, confirmations.
 //!
-//! A request is judged in this order: disk, epoch, chunk, range, version, duplicate, checksums. Only then the store sees it.
+//! A request is judged in this order: disk, epoch, chunk, range, version, duplicate, checksums. Only then the store
+//! sees it.
 
 use super::volume::{Volume, Waiting};
 use super::{CsCore, FlushWaiter, Pending};

@@ -1,7 +1,7 @@
 //! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
 //!
-//! One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are tried
-//! in turn with a bounded, growing pause. Data requests never wait for any of this.
+//! One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are
+//! tried in turn with a bounded, growing pause. Data requests never wait for any of this.
 
 use super::CsCore;
 use super::control::{Audience, Control};

@@ -1,12 +1,14 @@
 //! Making or freshening a copy from other servers, while clients go on writing to it (rule 12).
 //!
-//! A copy under rebuild has two sets of blocks: *fresh* ones, which a client wrote or which were copied since this server
-//! joined the replica set, and the rest, which may be stale. The source lists what changed since the copy was whole (its
-//! base); every listed block that is not fresh is read from the source and stored. From the moment the copy accepts
-//! writes of the new version, every new write reaches it directly, so what is copied once stays right. Fresh blocks are
-//! remembered in memory; after a restart the unsettled tail tells them, because what was settled is on the source too.
+//! A copy under rebuild has two sets of blocks: *fresh* ones, which a client wrote or which were copied since this
+//! server joined the replica set, and the rest, which may be stale. The source lists what changed since the copy was
+//! whole (its base); every listed block that is not fresh is read from the source and stored. From the moment the copy
+//! accepts writes of the new version, every new write reaches it directly, so what is copied once stays right. Fresh
+//! blocks are remembered in memory; after a restart the unsettled tail tells them, because what was settled is on the
+//! source too.
 //!
-//! The tag says that a copy is being rebuilt, durably and before its version changes, so a crash never makes it current.
+//! The tag says that a copy is being rebuilt, durably and before its version changes, so a crash never makes it
+//! current.
 
 use super::control::{Audience, Control};
 use super::volume::Waiting;

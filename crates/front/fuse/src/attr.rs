@@ -103,8 +103,8 @@ pub(crate) fn absent_attr() -> FileAttr {
     }
 }
 
-/// The permission bits left after somebody without privilege changed the content, or anyone the owner: set-user-id goes,
-/// and set-group-id where the group may execute (elsewhere it is not a privilege).
+/// The permission bits left after somebody without privilege changed the content, or anyone the owner: set-user-id
+/// goes, and set-group-id where the group may execute (elsewhere it is not a privilege).
 pub(crate) fn mode_without_privileges(mode: u32) -> u32 {
     let mut mode = mode & !libc::S_ISUID;
     if mode & libc::S_IXGRP != 0 {

@@ -1,4 +1,5 @@
-//! What the mount needs of the client library, as traits: the real client is one implementation, the tests bring another.
+//! What the mount needs of the client library, as traits: the real client is one implementation, the tests bring
+//! another.
 //!
 //! A [`Runner`] is reachable from every kernel session thread and starts jobs on the client's own thread. The other two
 //! traits live on that thread only. Completions may come before the call that asked for them returns.

@@ -8,7 +8,7 @@ use cairn_wire::mds::{LeaseGrant, LeaseMode, MdsRequest};
 use std::rc::Rc;
 
 /// The client's thread, as the mount reaches it.
-pub(crate) struct ClientRunner(pub Client);
+pub struct ClientRunner(pub Client);
 
 impl Runner for ClientRunner {
     fn start(&self, job: Box<dyn FnOnce(Rc<dyn Backend>) + Send>) {

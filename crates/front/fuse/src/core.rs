@@ -1,9 +1,9 @@
 //! The state of one mount, on the client's thread.
 //!
-//! Kernel session threads send closures here through [`with_core`]; every operation is a method that calls `done` exactly
-//! once, with the answer or an errno. Nothing here blocks and nothing waits its turn: what must be ordered is ordered per
-//! file (see [`crate::files`]). No `RefCell` stays borrowed across a call into the backend or into a completion, because
-//! both may come straight back.
+//! Kernel session threads send closures here through [`with_core`]; every operation is a method that calls `done`
+//! exactly once, with the answer or an errno. Nothing here blocks and nothing waits its turn: what must be ordered is
+//! ordered per file (see [`crate::files`]). No `RefCell` stays borrowed across a call into the backend or into a
+//! completion, because both may come straight back.
 
 use crate::attr::{TTL_EXCLUSIVE, TTL_SHARED, mds_errno};
 use crate::backend::Backend;
@@ -60,7 +60,8 @@ pub(crate) struct Handle {
     pub file: Rc<File>,
     /// Opened for writing.
     pub writer: bool,
-    /// Value of [`File::fences`] at open: a writer whose lease was lost since must not go on as if nothing had happened.
+    /// Value of [`File::fences`] at open: a writer whose lease was lost since must not go on as if nothing had
+    /// happened.
     pub fences: u64,
 }
 

@@ -1,8 +1,8 @@
 //! Open files and their leases.
 //!
-//! There is one [`File`] per inode in use; all its handles share one volume. The lease is exclusive as soon as one handle
-//! may write, shared otherwise, and stays for a while after the last close, so that the next open costs nothing and the
-//! kernel's cached pages stay valid. Life of a lease:
+//! There is one [`File`] per inode in use; all its handles share one volume. The lease is exclusive as soon as one
+//! handle may write, shared otherwise, and stays for a while after the last close, so that the next open costs nothing
+//! and the kernel's cached pages stay valid. Life of a lease:
 //!
 //! ```text
 //! None --open--> Opening --granted--> Held --recalled, upgraded, idle--> Leaving --released--> None
@@ -10,12 +10,13 @@
 //!
 //! Invariants:
 //! - F1: cached pages of an inode in the kernel were read under the present lease of its file, or under no other holder
-//!   since. So before a lease is given away to somebody else the kernel forgets the pages, and an open that cannot show an
-//!   unbroken lease drops them.
+//!   since. So before a lease is given away to somebody else the kernel forgets the pages, and an open that cannot show
+//!   an unbroken lease drops them.
 //! - F2: while the lease is exclusive this mount owns size and modification time. They reach the metadata servers with
-//!   fsync and close, at the latest after a second, always before the lease goes, and never reordered with a truncation.
-//! - F3: `Exclusive` is asked for whenever a handle may write. So a write, for which the kernel holds pages locked, never
-//!   waits for the kernel to forget those pages.
+//!   fsync and close, at the latest after a second, always before the lease goes, and never reordered with a
+//!   truncation.
+//! - F3: `Exclusive` is asked for whenever a handle may write. So a write, for which the kernel holds pages locked,
+//!   never waits for the kernel to forget those pages.
 
 use crate::attr::wall_ns;
 use crate::backend::Volume;

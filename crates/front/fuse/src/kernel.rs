@@ -49,7 +49,8 @@ impl Kernel {
         Self { id, runner, log, writeback, next_directory: AtomicU64::new(1) }
     }
 
-    /// Runs `f` on the client's thread. When the mount has gone there, the reply inside `f` is dropped, which answers EIO.
+    /// Runs `f` on the client's thread. When the mount has gone there, the reply inside `f` is dropped, which answers
+    /// EIO.
     fn run(&self, f: impl FnOnce(&Rc<Core>) + Send + 'static) {
         let id = self.id;
         self.runner.run(Box::new(move || with_core(id, f)));

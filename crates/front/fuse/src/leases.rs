@@ -160,8 +160,8 @@ impl Core {
         }
     }
 
-    /// Drops the kernel's pages. Reads go on under the old lease meanwhile, because the kernel waits for pages locked by
-    /// reads under way; if any was answered, its pages may have come too late to be dropped, so once more.
+    /// Drops the kernel's pages. Reads go on under the old lease meanwhile, because the kernel waits for pages locked
+    /// by reads under way; if any was answered, its pages may have come too late to be dropped, so once more.
     fn forget_pages(self: &Rc<Self>, file: &Rc<File>, round: u32) {
         let before = file.reads_answered.get();
         let leaving = Rc::clone(file);

@@ -1,8 +1,8 @@
 //! The FUSE front end: a cluster's namespace as a file system of this host.
 //!
 //! [`mount()`] joins the kernel to a client. `kernel` turns requests into jobs on the client's
-//! thread, `core` holds the state of one mount there, `files` the leases of open files (its invariants F1–F3 are the heart
-//! of this crate), `ops_*` one operation each. What users need to know stands in `docs/guide/mount.md`.
+//! thread, `core` holds the state of one mount there, `files` the leases of open files (its invariants F1–F3 are the
+//! heart of this crate), `ops_*` one operation each. What users need to know stands in `docs/guide/mount.md`.
 //!
 //! Invariants: no session thread ever waits for another; no lock is held across I/O; a reply is sent exactly once, from
 //! the completion of what it answers.
@@ -26,6 +26,7 @@ pub mod options;
 mod pieces;
 mod reports;
 
+pub use client::ClientRunner;
 pub use mount::{MountError, Mounted, mount_with};
 pub use options::{MountArgs, MountArgsError, MountOptions, parse_mount_args};
 
@@ -34,5 +35,5 @@ pub use options::{MountArgs, MountArgsError, MountOptions, parse_mount_args};
 /// # Errors
 /// [`MountError`] when the log file or the kernel refuses.
 pub fn mount(client: cairn_client::Client, options: &MountOptions) -> Result<Mounted, MountError> {
-    mount_with(std::sync::Arc::new(client::ClientRunner(client)), options)
+    mount_with(std::sync::Arc::new(ClientRunner(client)), options)
 }

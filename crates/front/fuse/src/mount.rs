@@ -130,8 +130,8 @@ fn session_config(options: &MountOptions) -> Config {
     config
 }
 
-/// Sends invalidations to the kernel from a thread of its own. A notice may wait until reads under way are answered, and
-/// those answers come from the client's thread, so that thread must not wait here.
+/// Sends invalidations to the kernel from a thread of its own. A notice may wait until reads under way are answered,
+/// and those answers come from the client's thread, so that thread must not wait here.
 fn start_notifier(
     id: u64,
     runner: Arc<dyn Runner>,

@@ -132,8 +132,8 @@ impl Core {
         });
     }
 
-    /// Sets the size under the exclusive lease. What lies past a smaller size is zeroed first: the metadata servers drop
-    /// whole chunks only, and a later growth must find zeros.
+    /// Sets the size under the exclusive lease. What lies past a smaller size is zeroed first: the metadata servers
+    /// drop whole chunks only, and a later growth must find zeros.
     fn truncate(self: &Rc<Self>, inode: InodeId, size: u64, set: SetAttr, done: Done<Stat>) {
         let file = self.file(inode);
         let cut = Rc::clone(&file);

@@ -49,7 +49,8 @@ pub(crate) fn open_flags(flags: i32, keep_cache: bool) -> FopenFlags {
 }
 
 impl Core {
-    /// Opens a file and acquires its lease, so that a conflict with another mount shows here and not at some later read.
+    /// Opens a file and acquires its lease, so that a conflict with another mount shows here and not at some later
+    /// read.
     pub fn open(self: &Rc<Self>, inode: InodeId, flags: i32, done: Done<Opened>) {
         let file = self.file(inode);
         let writer = flags & libc::O_ACCMODE != libc::O_RDONLY;

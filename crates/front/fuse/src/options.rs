@@ -20,8 +20,8 @@ pub struct MountOptions {
     pub threads: usize,
     /// What `mount` and `df` show as the source: `cairn://NAME`.
     pub fsname: String,
-    /// The kernel keeps written data and owns sizes and times until it writes back. Fast for small writes; other mounts
-    /// see changes late, so this is for file systems used by one mount at a time.
+    /// The kernel keeps written data and owns sizes and times until it writes back. Fast for small writes; other
+    /// mounts see changes late, so this is for file systems used by one mount at a time.
     pub writeback: bool,
     /// How long an open waits for another client to give its lease back before it fails with `EBUSY`.
     pub lease_wait_seconds: u64,
@@ -87,7 +87,7 @@ pub enum MountArgsError {
         expected: &'static str,
     },
     /// An option nobody knows.
-    #[error("unknown mount option `{option}`; see `man cairn-mount` for those there are")]
+    #[error("unknown mount option `{option}`; docs/guide/mount.md lists those there are")]
     Option {
         /// The option.
         option: String,
@@ -175,7 +175,8 @@ impl MountOptions {
             "noexec" => self.exec = false,
             "sync" => self.sync = true,
             "async" => self.sync = false,
-            // Access times are never written, permissions are always checked by the kernel; directories are synchronous.
+            // Access times are never written, permissions are always checked by the kernel; directories are
+            // synchronous.
             "atime"
             | "noatime"
             | "relatime"
@@ -208,8 +209,8 @@ fn cluster_name(source: &str) -> Result<&str, MountArgsError> {
 }
 
 /// Reads what mount(8) gives a helper, after the program's own name: `cairn://NAME DIR [-sfnv] [-N ns] [-o list] [-t
-/// type]`. It calls `/sbin/mount.fuse.cairn` so for an fstab line `cairn://NAME DIR fuse.cairn rw,nosuid,nodev 0 0`, and
-/// `mount.fuse` calls `cairn` so for a source `cairn#NAME`.
+/// type]`. It calls `/sbin/mount.fuse.cairn` so for an fstab line `cairn://NAME DIR fuse.cairn rw,nosuid,nodev 0 0`,
+/// and `mount.fuse` calls `cairn` so for a source `cairn#NAME`.
 ///
 /// # Errors
 /// [`MountArgsError`] names what is missing, malformed or unknown.

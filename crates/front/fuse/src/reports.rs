@@ -100,8 +100,9 @@ impl Core {
         file.allocated.set(attr.allocated.min(size.next_multiple_of(4096)));
         file.mtime_ns.set(attr.mtime_ns);
         if let Some(volume) = file.held(LeaseMode::Shared) {
-            // A volume forgets its map past the end when it shrinks. The metadata servers have dropped every chunk there,
-            // also those allocated ahead of writes, so it has to shrink whatever it thought its size was.
+            // A volume forgets its map past the end when it shrinks. The metadata servers have dropped every chunk
+            // there, also those allocated ahead of writes, so it has to shrink whatever it thought its size
+            // was.
             volume.set_size(FILE_SIZE_MAX);
             volume.set_size(size);
         }

@@ -129,8 +129,8 @@ fn mad_calls_keep_every_sum_and_index() {
     }
 }
 
-/// The same log gives the same state: applied at once, after a reload in the middle, and over an overlay that is frozen,
-/// flushed and torn down at random.
+/// The same log gives the same state: applied at once, after a reload in the middle, and over an overlay that is
+/// frozen, flushed and torn down at random.
 #[test]
 fn one_log_one_state() {
     for seed in 0..12 {
@@ -155,8 +155,8 @@ fn one_log_one_state() {
                     let base = third.kv_mut().base_mut();
                     for (key, value) in frozen.iter() {
                         match value {
-                            Some(value) => base.put(key.as_slice(), value.clone()),
-                            None => base.delete(key.as_slice()),
+                            Some(value) => base.put(key, value.clone()),
+                            None => base.delete(key),
                         }
                     }
                     third.kv_mut().flushed();

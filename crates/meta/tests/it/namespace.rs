@@ -15,7 +15,8 @@ const EINVAL: i32 = 22;
 const ENOTEMPTY: i32 = 39;
 const EPERM: i32 = 1;
 
-/// A file system as POSIX describes it, in the plainest way: a node is a directory of names or a file with a link count.
+/// A file system as POSIX describes it, in the plainest way: a node is a directory of names or a file with a link
+/// count.
 #[derive(Default)]
 struct Model {
     nodes: BTreeMap<u64, Option<BTreeMap<String, u64>>>,

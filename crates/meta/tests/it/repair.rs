@@ -108,7 +108,8 @@ impl Cluster {
         }
     }
 
-    /// Why a replica does not take the write, after raising it if that is allowed: the server, and whether all of it is bad.
+    /// Why a replica does not take the write, after raising it if that is allowed: the server, and whether all of it is
+    /// bad.
     fn refusal(&mut self, entry: &ChunkEntry, replica: &Replica, index: u64) -> Option<(CsId, bool)> {
         let server = self.servers.get_mut(&replica.cs).unwrap();
         if !server.up {
@@ -187,8 +188,8 @@ impl Cluster {
         }
     }
 
-    /// I7 and I1: every current replica that has not lost its copy has the last acknowledged value. A copy below the version
-    /// with which its server joined is refused by all, so there must be none.
+    /// I7 and I1: every current replica that has not lost its copy has the last acknowledged value. A copy below the
+    /// version with which its server joined is refused by all, so there must be none.
     fn check_truth(&self, context: &str) {
         for entry in self.world.chunks(self.volume) {
             let Some(expected) = self.written.get(&entry.index) else { continue };

@@ -188,11 +188,12 @@ impl RecordWriter {
 }
 
 impl GroupHeader {
-    /// The slot with its checksum.
-    pub(crate) fn encode(&self, records: &RecordWriter) -> (BufMut, u64) {
+    /// Fills `slot` and returns its checksum.
+    pub(crate) fn encode(&self, records: &RecordWriter, slot: &mut BufMut) -> u64 {
         assert!(self.runs.len() * RUN_BYTES + records.bytes.len() <= GROUP_BODY_BYTES, "a group fits its header");
-        let mut slot = BufMut::zeroed(SLOT);
-        let mut put = Put::new(&mut slot);
+        assert_eq!(slot.len(), SLOT, "a header fills a slot");
+        slot[..FIXED_BYTES].fill(0);
+        let mut put = Put::new(slot);
         put.bytes(&MAGIC);
         put.u64(0);
         put.bytes(&self.store_uuid);
@@ -211,9 +212,11 @@ impl GroupHeader {
             put.u64(run.start | (run.len() << 48));
         }
         put.bytes(&records.bytes);
+        let end = put.position();
+        slot[end..].fill(0);
         let checksum = crc64(&slot[16..]);
         slot[8..16].copy_from_slice(&checksum.to_le_bytes());
-        (slot, checksum)
+        checksum
     }
 
     /// The header in `slot` with its checksum and its records, or none when this is no intact header of this store.

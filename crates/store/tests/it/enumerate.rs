@@ -43,36 +43,7 @@ fn workloads() -> Vec<Vec<usize>> {
     all
 }
 
-/// All crash states of `disk`, as closures would be too slow to shrink: each is a choice per page and sector.
-fn crash_states(disk: &SimDisk, rng: &mut Rng) -> Vec<SimDisk> {
-    let pages = disk.unflushed_pages();
-    let mut states = Vec::new();
-    let mut cut = |choose: &mut dyn FnMut(u64, usize, usize) -> usize| {
-        let mut state = disk.clone();
-        state.power_cut_choose(choose);
-        states.push(state);
-    };
-    let index_of = |page: u64| pages.iter().position(|p| *p == page).unwrap();
-    let subsets = 1u64 << pages.len().min(10);
-    for subset in 0..subsets {
-        let subset = if pages.len() > 10 { rng.next_u64() } else { subset };
-        cut(&mut |page, _, versions| if subset >> index_of(page) & 1 == 1 { versions } else { 0 });
-    }
-    for torn in 0..pages.len() {
-        for sector in 0..8 {
-            cut(&mut |page, s, versions| if index_of(page) == torn && s == sector { 0 } else { versions });
-            cut(&mut |page, s, versions| if index_of(page) == torn && s != sector { 0 } else { versions });
-        }
-    }
-    for _ in 0..4 {
-        cut(&mut |_, _, versions| rng.below(versions as u64 + 1) as usize);
-    }
-    let mut killed = disk.clone();
-    killed.kill(rng);
-    states.push(killed);
-    states
-}
-
+/// Walks over the crash states of one moment; only wanted ones are made.
 struct Explorer {
     rng: Rng,
     visited: u64,
@@ -82,20 +53,49 @@ struct Explorer {
 }
 
 impl Explorer {
+    fn wanted(&mut self) -> bool {
+        self.seen += 1;
+        let wanted = self.seen.is_multiple_of(self.stride);
+        self.visited += u64::from(wanted);
+        wanted
+    }
+
+    fn cut(&mut self, checked: &Checked, choose: &mut dyn FnMut(u64, usize, usize) -> usize) {
+        if self.wanted() {
+            let mut disk = checked.world.disk.clone();
+            disk.power_cut_choose(choose);
+            self.check(checked, disk, Crash::PowerCut);
+        }
+    }
+
+    fn check(&self, checked: &Checked, disk: SimDisk, crash: Crash) {
+        let mut world = World::on(disk, self.visited, options());
+        world.open().unwrap_or_else(|error| panic!("I1: {error}"));
+        checked.model.clone().check_after(&mut world, crash);
+    }
+
     fn explore(&mut self, checked: &Checked) {
-        for (i, disk) in crash_states(&checked.world.disk, &mut self.rng).into_iter().enumerate() {
-            self.seen += 1;
-            if self.seen % self.stride != 0 {
-                continue;
+        let pages = checked.world.disk.unflushed_pages();
+        let index_of = |page: u64| pages.iter().position(|p| *p == page).unwrap();
+        for subset in 0..1u64 << pages.len().min(10) {
+            let subset = if pages.len() > 10 { self.rng.next_u64() } else { subset };
+            self.cut(checked, &mut |page, _, versions| if subset >> index_of(page) & 1 == 1 { versions } else { 0 });
+        }
+        for torn in 0..pages.len() {
+            for sector in 0..8 {
+                let hit = |page: u64| index_of(page) == torn;
+                self.cut(checked, &mut |page, s, versions| if hit(page) && s == sector { 0 } else { versions });
+                self.cut(checked, &mut |page, s, versions| if hit(page) && s != sector { 0 } else { versions });
             }
-            self.visited += 1;
-            // The last state is the kill: nothing answered may be lost.
-            let unflushed = checked.world.disk.unflushed_pages().len();
-            let states = (1usize << unflushed.min(10)) + 16 * unflushed + 4;
-            let crash = if i == states { Crash::Kill } else { Crash::PowerCut };
-            let mut world = World::on(disk, self.visited, options());
-            world.open().unwrap_or_else(|error| panic!("I1: {error}"));
-            checked.model.clone().check_after(&mut world, crash);
+        }
+        for _ in 0..4 {
+            let mut rng = Rng::new(self.rng.next_u64());
+            self.cut(checked, &mut |_, _, versions| rng.below(versions as u64 + 1) as usize);
+        }
+        if self.wanted() {
+            let mut disk = checked.world.disk.clone();
+            disk.kill(&mut self.rng);
+            self.check(checked, disk, Crash::Kill);
         }
     }
 }

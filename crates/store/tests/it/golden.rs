@@ -1,5 +1,5 @@
-//! Format version 1, byte by byte: `tests/golden/store_v1.txt` holds the disk after a fixed script. A change of this file
-//! is a change of the format: it needs a new version. `CAIRN_GOLDEN=write` makes the file anew.
+//! Format version 1, byte by byte: `tests/golden/store_v1.txt` holds the disk after a fixed script. A change of this
+//! file is a change of the format: it needs a new version. `CAIRN_GOLDEN=write` makes the file anew.
 
 use crate::harness::*;
 use cairn_env_sim::SimDisk;
@@ -15,7 +15,7 @@ fn script() -> World {
     world.call(write(1, 254, 3, 1, true)).unwrap();
     world.call(unmap(1, 255, 1, 2)).unwrap();
     world.call(StoreRequest::Settle { volume: VolumeId(5), epoch: Epoch(1), sequence: Sequence(1) }).unwrap();
-    world.call(StoreRequest::Fence { volume: VolumeId(6), epoch: Epoch(3) }).unwrap();
+    world.call(StoreRequest::Fence { volume: VolumeId(8), epoch: Epoch(3) }).unwrap();
     world.call(StoreRequest::Checkpoint).unwrap();
     world.call(create(2, 6, 10)).unwrap();
     world.call(StoreRequest::SetTag { chunk: ChunkId(2), tag: b"map".to_vec() }).unwrap();
@@ -79,7 +79,7 @@ fn a_disk_of_format_one_opens() {
     assert_eq!(shown, [(1, 254, 1), (1, 256, 1), (2, 0, 3)]);
     let (one, two) = (world.store.chunk(ChunkId(1)).unwrap(), world.store.chunk(ChunkId(2)).unwrap());
     assert_eq!((one.version, one.mapped_blocks, &two.tag[..]), (ChunkVersion(7), 2, &b"map"[..]));
-    assert_eq!(world.store.fence(VolumeId(6)), Some(Epoch(3)));
+    assert_eq!(world.store.fence(VolumeId(8)), Some(Epoch(3)));
     assert_eq!(world.store.tail_latest(ChunkId(1), 255), Some((Epoch(1), Sequence(2))));
     assert!(world.doctor(true).is_healthy());
 }

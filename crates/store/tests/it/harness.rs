@@ -36,7 +36,7 @@ pub fn block_of(chunk: ChunkId, block: u32, stamp: u64) -> [u8; BLOCK] {
 pub fn stamp_of(chunk: ChunkId, block: u32, bytes: &[u8]) -> u64 {
     let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
     if stamp == 0 {
-        assert!(bytes.iter().all(|b| *b == 0), "I2: {chunk} block {block} is torn");
+        assert!(bytes == [0; BLOCK], "I2: {chunk} block {block} is torn");
         return 0;
     }
     assert_eq!(bytes, block_of(chunk, block, stamp), "I2: {chunk} block {block} holds something else");
@@ -213,7 +213,8 @@ impl World {
 }
 
 pub fn stamps(chunk: ChunkId, first_block: u32, data: &ReadData) -> Vec<u64> {
-    let bytes: Vec<u8> = data.data.iter().flat_map(|piece| piece.iter().copied()).collect();
+    let pieces: Vec<&[u8]> = data.data.iter().map(|piece| &piece[..]).collect();
+    let bytes = pieces.concat();
     assert_eq!(bytes.len(), data.checksums.len() * BLOCK);
     let blocks = bytes.chunks_exact(BLOCK).zip(&data.checksums).enumerate();
     blocks

@@ -155,6 +155,31 @@ fn a_slow_read_keeps_its_slot_from_being_reused() {
     slow_read_keeps_its_slot();
 }
 
+/// A group that recovery dropped must not come back when the next session happens to leave room for it in the chain.
+pub fn lost_group_stays_lost() {
+    let mut world = World::new(16 * MIB, 1, options());
+    world.create(1, VOLUME.0, 100).unwrap();
+    world.call(write(1, 0, 1, 1, true)).unwrap();
+    world.submit(unmap(1, 5, 1, 2));
+    world.turn();
+    let first: Vec<IoId> = world.disk.pending().collect();
+    world.submit(write(1, 0, 1, 3, false));
+    world.turn();
+    world.settle_except(&first);
+    // The second group reached the medium, the first did not.
+    let header = world.disk.unflushed_pages()[0];
+    world.disk.power_cut_choose(&mut |page, _, versions| if page == header { 0 } else { versions });
+    assert!(world.open().unwrap().torn_tail);
+    assert_eq!(world.read_stamps(CHUNK, 0, 1).unwrap(), [1]);
+    world.open().unwrap();
+    assert_eq!(world.read_stamps(CHUNK, 0, 1).unwrap(), [1], "I3: a lost write came back");
+}
+
+#[test]
+fn a_lost_group_stays_lost() {
+    lost_group_stays_lost();
+}
+
 #[test]
 fn requests_that_make_no_sense_are_refused_with_the_reason() {
     let mut world = World::new(32 * MIB, 1, options());

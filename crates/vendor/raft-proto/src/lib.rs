@@ -1,3 +1,4 @@
+#![allow(mismatched_lifetime_syntaxes)]
 // Copyright 2019 TiKV Project Authors. Licensed under Apache-2.0.
 
 // We use `default` method a lot to be support prost and rust-protobuf at the

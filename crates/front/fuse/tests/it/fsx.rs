@@ -108,10 +108,15 @@ impl Fsx {
 
 fn run(seed: u64, options: &str, flags: i32, steps: u32) {
     let cluster = Cluster::start(seed);
-    let Some(mut mount) = TestMount::new(&cluster, options) else { return };
+    run_on(seed, || TestMount::new(&cluster, options), flags, steps);
+}
+
+/// Runs `steps` random operations, remounting twice.
+pub fn run_on(seed: u64, new_mount: impl Fn() -> Option<TestMount>, flags: i32, steps: u32) {
+    let Some(mut mount) = new_mount() else { return };
     let mut fsx = Fsx { rng: Rng::new(seed), shadow: Vec::new() };
     for round in 0..3 {
-        let path = mount.path().join("file");
+        let path = mount.path().join(format!("file {seed}"));
         let open = |append| {
             OpenOptions::new().read(true).write(true).create(true).append(append).custom_flags(flags).open(&path)
         };
@@ -123,7 +128,7 @@ fn run(seed: u64, options: &str, flags: i32, steps: u32) {
         fsx.all(&path);
         if round < 2 {
             mount.unmount();
-            mount = TestMount::new(&cluster, options).expect("mounts again");
+            mount = new_mount().expect("mounts again");
         }
     }
 }

@@ -2,11 +2,14 @@
 
 mod fsx;
 mod mounts;
+mod real;
 mod sharing;
 mod world;
 
+use cairn_fuse::backend::Runner;
 use cairn_fuse::{MountOptions, Mounted, mount_with};
 use std::path::Path;
+use std::sync::Arc;
 use tempfile::TempDir;
 use world::Cluster;
 
@@ -19,6 +22,11 @@ pub struct TestMount {
 impl TestMount {
     /// Mounts `cluster`, or tells why it cannot.
     pub fn new(cluster: &Cluster, options: &str) -> Option<Self> {
+        Self::with(|| cluster.runner(), options)
+    }
+
+    /// Mounts what `runner` leads to.
+    pub fn with(runner: impl FnOnce() -> Arc<dyn Runner>, options: &str) -> Option<Self> {
         if std::fs::metadata("/dev/fuse").is_err() || !is_root() {
             eprintln!("skipped: mounting needs root and /dev/fuse");
             return None;
@@ -26,7 +34,7 @@ impl TestMount {
         let directory = tempfile::tempdir().expect("a directory");
         let mut settings = MountOptions::new("test", directory.path());
         settings.apply(options).expect("options");
-        let mounted = mount_with(cluster.runner(), &settings).expect("mount");
+        let mounted = mount_with(runner(), &settings).expect("mount");
         Some(Self { mounted, directory })
     }
 

@@ -25,7 +25,13 @@ fn run(command: &mut Command) {
 
 fn posix(options: &str) {
     let cluster = Cluster::start(21);
-    let Some(mount) = TestMount::new(&cluster, options) else { return };
+    if let Some(mount) = TestMount::new(&cluster, options) {
+        posix_on(&mount);
+    }
+}
+
+/// Runs the POSIX script on a mount that allows devices and set-user-id.
+pub fn posix_on(mount: &TestMount) {
     if has("python3") {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/posix.py");
         run(Command::new("python3").arg(script).arg(mount.path()));
@@ -144,13 +150,23 @@ fn git_keeps_a_repository_here() {
 fn fio_verifies_what_it_wrote() {
     let cluster = Cluster::start(25);
     let Some(mount) = TestMount::new(&cluster, "") else { return };
+    fio_on(&mount, "24m");
+}
+
+/// Writes at random and verifies, through the page cache, around it, and through a memory map.
+pub fn fio_on(mount: &TestMount, size: &str) {
     if !has("fio") {
         return;
     }
     for (name, direct, engine) in [("cached", "0", "psync"), ("direct", "1", "libaio"), ("mapped", "0", "mmap")] {
         let mut fio = Command::new("fio");
         fio.current_dir(mount.path()).arg(format!("--name={name}"));
-        fio.args(["--size=24m", "--rw=randwrite", "--bsrange=4k-64k", "--iodepth=16", "--verify=crc32c"]);
+        fio.arg(format!("--size={size}")).args([
+            "--rw=randwrite",
+            "--bsrange=4k-64k",
+            "--iodepth=16",
+            "--verify=crc32c",
+        ]);
         fio.args(["--do_verify=1", "--verify_fatal=1", "--end_fsync=1"]);
         fio.arg(format!("--direct={direct}")).arg(format!("--ioengine={engine}"));
         run(&mut fio);
@@ -206,7 +222,13 @@ fn reopening_a_file_just_closed_asks_nobody() {
 #[ignore = "prints figures; run it alone, in a release build"]
 fn figures() {
     let cluster = Cluster::start(29);
-    let Some(mount) = TestMount::new(&cluster, "threads=2") else { return };
+    if let Some(mount) = TestMount::new(&cluster, "threads=2") {
+        figures_on(&mount);
+    }
+}
+
+/// Prints what fio measures, and how fast small files are made.
+pub fn figures_on(mount: &TestMount) {
     for (name, rest) in [
         ("one writer, 4 KiB", "--rw=randwrite --bs=4k --direct=1 --ioengine=psync"),
         ("one reader, 4 KiB", "--rw=randread --bs=4k --direct=1 --ioengine=psync"),
@@ -225,4 +247,15 @@ fn figures() {
         let (read, write) = (fields.get(7).unwrap_or(&"?"), fields.get(48).unwrap_or(&"?"));
         println!("{name}: {read} reads/s, {write} writes/s");
     }
+    let mut created = 0;
+    let mut python = Command::new("python3");
+    python.current_dir(mount.path()).arg("-c");
+    python.arg(
+        "import time\nt = time.time()\nfor i in range(2000):\n    f = open(f'small{i}', 'wb'); f.write(b'x' * 3000); f.close()\n\
+         print(int(2000 / (time.time() - t)))",
+    );
+    if let Ok(output) = python.output() {
+        created = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap_or(0);
+    }
+    println!("small files created, written and closed: {created}/s");
 }

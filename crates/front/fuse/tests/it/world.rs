@@ -1,7 +1,7 @@
 //! A cluster in one thread: the real metadata state machine, volumes in memory. Several mounts can share it.
 //!
-//! Answers come late and out of order by chance, as they do over a network; the order in which operations take effect is
-//! the order in which they were submitted.
+//! Answers come late and out of order by chance, as they do over a network; the order in which operations take effect
+//! is the order in which they were submitted.
 
 use cairn_env::block::{BlockDone, BlockError, BlockOp, BlockReply, BlockResult, Extent};
 use cairn_env::{Buf, BufMut};
@@ -19,6 +19,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 const BLOCK: u64 = 4096;
 
+type RecallHook = Box<dyn FnMut(LeaseMode)>;
 type WorldJob = Box<dyn FnOnce(&Rc<World>) + Send>;
 
 /// The cluster, from outside its thread.
@@ -67,7 +68,7 @@ struct MemVolume {
     id: VolumeId,
     epoch: Epoch,
     size: Cell<u64>,
-    recall: RefCell<Option<Box<dyn FnMut(LeaseMode)>>>,
+    recall: RefCell<Option<RecallHook>>,
 }
 
 impl Cluster {
@@ -399,7 +400,6 @@ impl Content {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "times of files in a test of a shell")]
 fn wall_ns() -> u64 {
     std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos() as u64)
 }

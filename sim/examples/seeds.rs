@@ -1,0 +1,48 @@
+//! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, or `seeds planted
+//! NAME`. Prints every broken seed, then what was found how often.
+
+use cairn_sim::run::{Options, run};
+use std::collections::BTreeMap;
+
+#[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let flag = |name: &str| args.iter().any(|arg| arg == name);
+    let plain: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
+    if plain.first().is_some_and(|word| *word == "planted") {
+        let name = plain.get(1).map_or("all", |name| name.as_str());
+        match cairn_sim::planted::prove(name) {
+            Ok(missed) => std::process::exit(i32::from(missed)),
+            Err(why) => panic!("{why}"),
+        }
+    }
+    let number = |at: usize| plain.get(at).and_then(|word| word.parse::<u64>().ok());
+    let (first, count) = (number(0).unwrap_or(1), number(1).unwrap_or(1));
+    let options = Options { verbose: flag("--trace"), faultless: flag("--faultless") };
+    let begun = std::time::Instant::now();
+    let mut found: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    let (mut virtual_ns, mut steps) = (0u64, 0u64);
+    for seed in first..first + count {
+        let outcome = run(seed, &options);
+        virtual_ns += outcome.virtual_ns;
+        steps += outcome.steps;
+        if let Some(broken) = &outcome.broken {
+            let key: String = broken.detail.lines().next().unwrap_or_default().chars().take(100).collect();
+            found.entry(format!("{:?} {key}", broken.invariant)).or_default().push(seed);
+        }
+        if outcome.is_broken() || count == 1 {
+            println!("{outcome}\n");
+        }
+    }
+    let real = begun.elapsed().as_secs_f64();
+    for (what, seeds) in &found {
+        println!("{:5} x {what}: {seeds:?}", seeds.len());
+    }
+    let broken: usize = found.values().map(Vec::len).sum();
+    println!(
+        "{count} seeds, {broken} broken; {:.1} seeds/s, {:.0} virtual seconds a second, {:.0} events/s",
+        count as f64 / real,
+        virtual_ns as f64 / 1e9 / real,
+        steps as f64 / real
+    );
+}

@@ -1,0 +1,254 @@
+//! The machines of a simulated cluster: made, started and started again exactly as the daemons' shells do it.
+
+use crate::world::{NodeIndex, World};
+use cairn_client::{ClientCore, CoreConfig, OnNoSpace};
+use cairn_consensus::{Consensus, Initial, Member};
+use cairn_cs::{CsConfig, CsCore};
+use cairn_env::DiskOp;
+use cairn_env_sim::SimDisk;
+use cairn_mds::{MdsConfig, MdsCore, MemBase};
+use cairn_stdx::Rng;
+use cairn_store::{Store, StoreConfig, StoreOptions};
+use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
+use cairn_wire::mds::{Location, MdsInfo, SessionKind};
+use std::net::SocketAddr;
+
+/// Bytes of a chunk server's disk.
+const CS_DISK: u64 = 64 << 20;
+/// Bytes of a metadata log.
+const MDS_LOG: u64 = 1 << 20;
+/// The one cluster.
+const CLUSTER: ClusterId = ClusterId([7; 16]);
+
+/// The metadata server of the simulator: the production core over an image in memory.
+pub(super) type SimMds = MdsCore<MemBase>;
+
+/// A metadata server's machine.
+pub(super) struct MdsNode {
+    pub node: NodeIndex,
+    base: MemBase,
+    config: MdsConfig,
+}
+
+/// A chunk server's machine.
+pub(super) struct CsNode {
+    pub node: NodeIndex,
+    /// Written down by the shell as soon as the cluster gives it.
+    pub id: Option<CsId>,
+    config: CsConfig,
+}
+
+/// What a seed draws about the shape of its cluster.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub mds: usize,
+    pub cs: usize,
+    pub clients: usize,
+    /// Groups of a store between two checkpoints.
+    pub chain_groups_max: u64,
+    /// Bytes of a metadata memtable that start a checkpoint.
+    pub checkpoint_bytes: usize,
+    pub scrub: u32,
+}
+
+/// All machines.
+pub(super) struct Cluster {
+    pub world: World,
+    pub mds: Vec<MdsNode>,
+    pub cs: Vec<CsNode>,
+    pub clients: Vec<NodeIndex>,
+    pub shape: Shape,
+    rng: Rng,
+}
+
+fn addr(kind: u8, index: usize) -> SocketAddr {
+    SocketAddr::from(([10, 0, kind, index as u8 + 1], 7000))
+}
+
+fn host(kind: u8, index: usize) -> HostId {
+    let mut id = [kind; 16];
+    id[15] = index as u8 + 1;
+    HostId(id)
+}
+
+/// Carries out the operations that make a log or a store, past the request queue.
+fn format_disk(size: u64, ops: Vec<DiskOp>) -> SimDisk {
+    let mut disk = SimDisk::new(size);
+    for op in ops {
+        if let DiskOp::Write { mut offset, bufs } = op {
+            for buf in bufs {
+                disk.poke(offset, &buf);
+                offset += buf.len() as u64;
+            }
+        }
+    }
+    disk
+}
+
+fn log_config(id: MdsId) -> cairn_consensus::Config {
+    let mut config = cairn_consensus::Config::new(id, CLUSTER);
+    config.log_size_bytes = MDS_LOG;
+    config.write_through = false;
+    config
+}
+
+impl Cluster {
+    pub fn new(seed: u64, shape: Shape, rng: Rng) -> Self {
+        let world = World::new(seed);
+        Self { world, mds: Vec::new(), cs: Vec::new(), clients: Vec::new(), shape, rng }
+    }
+
+    fn next_rng(&mut self) -> Rng {
+        Rng::new(self.rng.next_u64())
+    }
+
+    /// Makes the first metadata server, the one that creates the cluster.
+    pub fn create_first_mds(&mut self) {
+        let (id, instance) = (MdsId(1), self.rng.next_u64() | 1);
+        let initial = Initial::Bootstrap { voters: vec![Member { id, instance }] };
+        self.make_mds(id, instance, &initial, Vec::new());
+    }
+
+    /// Where the next metadata server will listen.
+    pub fn next_mds_addr(&self) -> SocketAddr {
+        addr(1, self.mds.len())
+    }
+
+    /// Makes a metadata server that was admitted as `id` for `nonce`.
+    pub fn join_mds(&mut self, id: MdsId, nonce: u64, servers: Vec<MdsInfo>) {
+        self.make_mds(id, nonce, &Initial::Join, servers);
+    }
+
+    fn make_mds(&mut self, id: MdsId, instance: u64, initial: &Initial, mut servers: Vec<MdsInfo>) {
+        let (addr, log) = (self.next_mds_addr(), log_config(id));
+        let disk = format_disk(MDS_LOG, Consensus::format(&log, instance, initial));
+        let bootstrap = matches!(initial, Initial::Bootstrap { .. });
+        if bootstrap {
+            servers = vec![MdsInfo { mds: id, addr, voter: true, repository: String::new() }];
+        }
+        let config = MdsConfig {
+            id,
+            cluster: CLUSTER,
+            cluster_name: "sim".to_owned(),
+            addr,
+            repository: String::new(),
+            servers,
+            bootstrap,
+            log,
+            checkpoint_bytes: self.shape.checkpoint_bytes,
+        };
+        let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
+        self.mds.push(MdsNode { node, base: MemBase::default(), config });
+        self.start_mds(self.mds.len() - 1);
+    }
+
+    /// Starts a metadata server, unless it runs.
+    pub fn start_mds(&mut self, index: usize) {
+        let rng = self.next_rng();
+        let mds = &self.mds[index];
+        if self.world.nodes[mds.node.0].process.is_none() {
+            let core: SimMds = MdsCore::new(mds.config.clone(), mds.base.reopen(), rng);
+            self.world.start(mds.node, Box::new(core));
+        }
+    }
+
+    /// Makes a chunk server on a host of its own.
+    pub fn create_cs(&mut self) {
+        let index = self.cs.len();
+        let mut store = [0; 16];
+        self.rng.fill(&mut store);
+        let config = StoreConfig { cluster: CLUSTER, store_uuid: store, capacity_bytes: 0 };
+        let disk = format_disk(CS_DISK, cairn_store::format(&config, CS_DISK).expect("the size suits a store"));
+        let none = String::new;
+        let location = Location {
+            host: host(2, index),
+            host_name: format!("cs{index}"),
+            rack: none(),
+            row: none(),
+            room: none(),
+            site: none(),
+        };
+        let config = CsConfig {
+            cs: None,
+            cluster: CLUSTER,
+            store,
+            addr: addr(2, index),
+            location,
+            tier: 0,
+            capacity: 0,
+            repository: none(),
+            mds: (0..self.shape.mds).map(|mds| addr(1, mds)).collect(),
+            durable_always: false,
+            scrub_chunks_per_minute: self.shape.scrub,
+        };
+        let node = self.world.add_node(config.addr, NodeId::Cs(CsId(0)), vec![disk]);
+        self.cs.push(CsNode { node, id: None, config });
+        self.start_cs(index);
+    }
+
+    /// How the stores of this cluster are opened.
+    pub fn store_options(&self, index: usize) -> StoreOptions {
+        StoreOptions {
+            cluster: Some(CLUSTER),
+            store_uuid: Some(self.cs[index].config.store),
+            chain_groups_max: self.shape.chain_groups_max,
+            ..StoreOptions::default()
+        }
+    }
+
+    /// Starts a chunk server, unless it runs.
+    pub fn start_cs(&mut self, index: usize) {
+        let rng = self.next_rng();
+        let store = Store::new(CS_DISK, self.store_options(index));
+        let cs = &self.cs[index];
+        if self.world.nodes[cs.node.0].process.is_none() {
+            let config = CsConfig { cs: cs.id, ..cs.config.clone() };
+            self.world.nodes[cs.node.0].identity = NodeId::Cs(cs.id.unwrap_or(CsId(0)));
+            self.world.start(cs.node, Box::new(CsCore::new(config, store, rng)));
+        }
+    }
+
+    /// What the shell of a chunk server does after each turn: writes down the id the cluster gave.
+    pub fn keep_cs_ids(&mut self) {
+        for cs in &mut self.cs {
+            let id = self.world.inspect::<CsCore, _>(cs.node, |core| core.id()).flatten();
+            if let Some(id) = id {
+                cs.id = Some(id);
+                self.world.nodes[cs.node.0].identity = NodeId::Cs(id);
+            }
+        }
+    }
+
+    /// Makes a client's machine and starts it.
+    pub fn create_client(&mut self) -> usize {
+        let index = self.clients.len();
+        let node = self.world.add_node(addr(3, index), NodeId::Client(ClientId(0)), Vec::new());
+        self.clients.push(node);
+        self.start_client(index);
+        index
+    }
+
+    /// Starts a client, unless it runs.
+    pub fn start_client(&mut self, index: usize) {
+        let rng = self.next_rng();
+        let node = self.clients[index];
+        if self.world.nodes[node.0].process.is_some() {
+            return;
+        }
+        let config = CoreConfig {
+            mds: (0..self.shape.mds).map(|mds| addr(1, mds)).collect(),
+            host: host(3, index),
+            host_name: format!("client{index}"),
+            purpose: "simulation".to_owned(),
+            kind: SessionKind::Client,
+            on_no_space: OnNoSpace::Wait,
+            call_deadline: Duration::from_secs(60),
+            open_deadline: Duration::from_secs(30),
+        };
+        self.world.start(node, Box::new(ClientCore::new(config, rng)));
+    }
+
+    pub fn is_running(&self, node: NodeIndex) -> bool {
+        self.world.nodes[node.0].process.is_some()
+    }
+}

@@ -1,0 +1,469 @@
+//! What clients do: they fight for a few volumes, write stamped blocks to few hot places, and keep house in the
+//! namespace.
+
+use super::{Answer, Scenario, TOKEN_CLIENT, Verdict, broken};
+use crate::checkers::shadow::{Invariant, OpId};
+use crate::stamp::Stamp;
+use crate::world::SECOND;
+use cairn_client::{ClientCore, OpenError, SizeRule, VolumeHandle};
+use cairn_env::Buf;
+use cairn_env::block::{BlockError, BlockOp, BlockReply, BlockResult};
+use cairn_stdx::Rng;
+use cairn_types::{InodeId, VolumeId};
+use cairn_wire::mds::{InodeKind, LeaseMode, MdsError, MdsReply, MdsRequest, RenameMode};
+use std::collections::BTreeMap;
+
+/// What a client has in flight.
+#[derive(Debug)]
+#[expect(dead_code, reason = "shown when an operation is stuck")]
+pub(super) enum Kind {
+    /// A call of the setup.
+    Setup,
+    Open {
+        volume: usize,
+    },
+    Close {
+        volume: usize,
+    },
+    Read {
+        volume: usize,
+        op: OpId,
+        first: u64,
+    },
+    Write {
+        volume: usize,
+        op: OpId,
+        first: u64,
+        values: Vec<u64>,
+        durable: bool,
+    },
+    CompareAndWrite {
+        volume: usize,
+        op: OpId,
+        first: u64,
+        old: u64,
+        new: u64,
+    },
+    Flush {
+        volume: usize,
+    },
+    Extents {
+        volume: usize,
+    },
+    Create {
+        name: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
+    Unlink {
+        name: String,
+    },
+}
+
+/// An operation in flight.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub client: usize,
+    pub since: u64,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Hold {
+    Closed,
+    Opening,
+    Open(VolumeHandle),
+    Closing,
+}
+
+/// One client's state.
+pub(super) struct Load {
+    rng: Rng,
+    holds: Vec<Hold>,
+    recalled: Vec<bool>,
+    in_flight: usize,
+    /// Last value this client wrote or read, by volume and block: what a compare-and-write expects.
+    known: BTreeMap<(usize, u64), u64>,
+    /// Files this client made and nobody else touches.
+    files: Vec<String>,
+}
+
+impl Load {
+    pub fn new(rng: Rng) -> Self {
+        Self { rng, holds: Vec::new(), recalled: Vec::new(), in_flight: 0, known: BTreeMap::new(), files: Vec::new() }
+    }
+
+    pub fn know_volumes(&mut self, count: usize) {
+        self.holds = vec![Hold::Closed; count];
+        self.recalled = vec![false; count];
+    }
+
+    /// The process died: handles and operations died with it.
+    pub fn died(&mut self) {
+        let count = self.holds.len();
+        self.know_volumes(count);
+        self.in_flight = 0;
+        self.known.clear();
+    }
+
+    fn volume_of(&self, handle: VolumeHandle) -> Option<usize> {
+        self.holds.iter().position(|hold| *hold == Hold::Open(handle))
+    }
+
+    pub fn recalled(&mut self, handle: VolumeHandle) {
+        if let Some(volume) = self.volume_of(handle) {
+            self.recalled[volume] = true;
+        }
+    }
+
+    /// A lost lease is given up like a recalled one.
+    pub fn fenced(&mut self, handle: VolumeHandle) {
+        self.recalled(handle);
+    }
+}
+
+impl Scenario {
+    fn begin(&mut self, client: usize, kind: Kind) -> u64 {
+        let token = self.token();
+        self.loads[client].in_flight += 1;
+        self.pending.insert(token, Pending { client, since: self.now(), kind });
+        token
+    }
+
+    fn is_idle(&self, client: usize) -> bool {
+        let node = &self.cluster.world.nodes[self.cluster.clients[client].0];
+        node.process.is_none() || node.paused
+    }
+
+    /// One step of a client's load.
+    pub(super) fn act(&mut self, client: usize) {
+        if !self.chaos {
+            return;
+        }
+        let think = self.plan.think;
+        let after = self.loads[client].rng.range(think / 20, think);
+        self.cluster.world.wake_driver(after, TOKEN_CLIENT + client as u64);
+        if self.is_idle(client) || self.loads[client].in_flight >= self.plan.in_flight_max {
+            return;
+        }
+        let load = &mut self.loads[client];
+        if load.rng.chance(1, 25) {
+            return self.act_on_names(client);
+        }
+        let volume = load.rng.below(load.holds.len() as u64) as usize;
+        match load.holds[volume] {
+            Hold::Closed if load.rng.chance(1, 4) => self.open(client, volume),
+            Hold::Open(handle) if load.rng.chance(1, 120) => self.release(client, volume, handle),
+            Hold::Open(handle) => self.act_on_blocks(client, volume, handle),
+            Hold::Closed | Hold::Opening | Hold::Closing => {}
+        }
+    }
+
+    /// Opens a volume for writing.
+    pub(super) fn open(&mut self, client: usize, volume: usize) {
+        self.loads[client].holds[volume] = Hold::Opening;
+        let id = self.volumes[volume].info.volume;
+        let token = self.begin(client, Kind::Open { volume });
+        let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
+        self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
+            let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Open(result))));
+            core.open(now, id, LeaseMode::Exclusive, SizeRule::Fixed, done, out);
+        });
+    }
+
+    fn release(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
+        let load = &mut self.loads[client];
+        load.holds[volume] = Hold::Closing;
+        load.recalled[volume] = false;
+        load.known.retain(|(of, _), _| *of != volume);
+        let lease_too = load.rng.chance(3, 4);
+        let token = self.begin(client, Kind::Close { volume });
+        let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
+        self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
+            let done = Box::new(move || mailbox.borrow_mut().push((token, Answer::Closed)));
+            if lease_too {
+                core.release(now, handle, done, out);
+            } else {
+                core.close(now, handle, done, out);
+            }
+        });
+    }
+
+    /// Gives back what others want, sooner or later.
+    pub(super) fn release_recalled(&mut self) {
+        for client in 0..self.loads.len() {
+            for volume in 0..self.loads[client].holds.len() {
+                let load = &mut self.loads[client];
+                let Hold::Open(handle) = load.holds[volume] else { continue };
+                if load.recalled[volume] && load.rng.chance(1, 10) && !self.is_idle(client) {
+                    self.release(client, volume, handle);
+                }
+            }
+        }
+    }
+
+    fn submit(&mut self, client: usize, handle: VolumeHandle, op: BlockOp, kind: Kind) {
+        let token = self.begin(client, kind);
+        let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
+        self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
+            let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Block(result))));
+            core.submit(now, handle, op, done, out);
+        });
+    }
+
+    fn stamped(&mut self, id: VolumeId, unit: u64, first: u64, count: u64) -> (Vec<u64>, Buf) {
+        let values: Vec<u64> = (0..count).map(|i| self.next_value + 1 + i).collect();
+        self.next_value += count;
+        let mut bytes = vec![0; (unit * count) as usize];
+        for (i, piece) in bytes.chunks_exact_mut(unit as usize).enumerate() {
+            Stamp::fill(piece, id.0, first + i as u64, values[i]);
+        }
+        (values, Buf::copy_from(&bytes))
+    }
+
+    /// A range of a volume, most often in one of few hot places; one of them lies across two chunks.
+    fn draw_range(&mut self, client: usize, volume: usize) -> (u64, u64) {
+        let SimVolume { units, unit } = self.geometry(volume);
+        let rng = &mut self.loads[client].rng;
+        let hot = [0, (1 << 20) / unit - 3, units / 2 + 1, units - 8];
+        let first =
+            if rng.chance(4, 5) { hot[rng.below(hot.len() as u64) as usize] + rng.below(4) } else { rng.below(units) };
+        let first = first.min(units - 1);
+        let count = if rng.chance(1, 30) { rng.range(1, 300) } else { rng.range(1, 9) };
+        (first, count.min(units - first))
+    }
+
+    fn act_on_blocks(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
+        let (id, unit) = (self.volumes[volume].info.volume, self.volumes[volume].unit);
+        let (first, count) = self.draw_range(client, volume);
+        let (offset, len) = (first * unit, count * unit);
+        let now = self.now();
+        let choice = self.loads[client].rng.below(100);
+        match choice {
+            0..40 => self.read(client, volume, handle, first, count),
+            40..82 => {
+                let durable = choice < 46;
+                let (values, data) = self.stamped(id, unit, first, count);
+                let op = self.shadow.write_submitted(now, id.0, first, values.clone());
+                let kind = Kind::Write { volume, op, first, values, durable };
+                self.submit(client, handle, BlockOp::Write { offset, data, fua: durable }, kind);
+            }
+            82..88 => self.submit(client, handle, BlockOp::Flush, Kind::Flush { volume }),
+            88..93 => {
+                let values = vec![0; count as usize];
+                let op = self.shadow.write_submitted(now, id.0, first, values.clone());
+                let durable = choice == 88;
+                let request = if choice < 90 {
+                    BlockOp::WriteZeroes { offset, len, fua: durable }
+                } else {
+                    BlockOp::Discard { offset, len }
+                };
+                self.submit(client, handle, request, Kind::Write { volume, op, first, values, durable });
+            }
+            93..97 => {
+                let Some(&old) = self.loads[client].known.get(&(volume, first)) else { return };
+                let mut expected = vec![0; unit as usize];
+                Stamp::fill(&mut expected, id.0, first, old);
+                let (values, data) = self.stamped(id, unit, first, 1);
+                let op = self.shadow.write_submitted(now, id.0, first, values.clone());
+                let kind = Kind::CompareAndWrite { volume, op, first, old, new: values[0] };
+                let compare = Buf::copy_from(&expected);
+                self.submit(client, handle, BlockOp::CompareAndWrite { offset, compare, data, fua: false }, kind);
+            }
+            _ => self.submit(client, handle, BlockOp::Extents { offset, len }, Kind::Extents { volume }),
+        }
+    }
+
+    /// Reads blocks and has them judged.
+    fn read(&mut self, client: usize, volume: usize, handle: VolumeHandle, first: u64, count: u64) {
+        let (id, unit) = (self.volumes[volume].info.volume, self.volumes[volume].unit);
+        let op = self.shadow.read_submitted(self.now(), id.0, first);
+        let request = BlockOp::Read { offset: first * unit, len: (count * unit) as u32 };
+        self.submit(client, handle, request, Kind::Read { volume, op, first });
+    }
+
+    /// Reads a whole volume through an open handle.
+    pub(super) fn read_all(&mut self, client: usize, volume: usize) -> Verdict {
+        let Hold::Open(handle) = self.loads[client].holds[volume] else {
+            return Err(broken(Invariant::I17, format!("volume {volume} could not be opened after healing")));
+        };
+        let SimVolume { units, unit } = self.geometry(volume);
+        let step = (256 << 10) / unit;
+        for first in (0..units).step_by(step as usize) {
+            self.read(client, volume, handle, first, step.min(units - first));
+        }
+        Ok(())
+    }
+
+    fn geometry(&self, volume: usize) -> SimVolume {
+        let volume = &self.volumes[volume];
+        SimVolume { units: volume.info.size / volume.unit, unit: volume.unit }
+    }
+
+    fn act_on_names(&mut self, client: usize) {
+        self.next_name += 1;
+        let fresh = format!("c{client}-{}", self.next_name);
+        let (parent, name) = (InodeId::ROOT, |name: &String| name.as_bytes().to_vec());
+        let load = &mut self.loads[client];
+        let pick = load.rng.below(3);
+        let (request, kind) = if load.files.is_empty() || pick == 0 {
+            let create = MdsRequest::Create {
+                parent,
+                name: name(&fresh),
+                kind: InodeKind::File,
+                mode: 0o644,
+                uid: 0,
+                gid: 0,
+                rdev: 0,
+                lease: false,
+            };
+            (create, Kind::Create { name: fresh })
+        } else {
+            let at = load.rng.below(load.files.len() as u64) as usize;
+            let old = load.files.swap_remove(at);
+            if pick == 1 {
+                let (new_parent, new_name, mode) = (parent, name(&fresh), RenameMode::Replace);
+                let rename = MdsRequest::Rename { parent, name: name(&old), new_parent, new_name, mode };
+                (rename, Kind::Rename { from: old, to: fresh })
+            } else {
+                (MdsRequest::Unlink { parent, name: name(&old) }, Kind::Unlink { name: old })
+            }
+        };
+        let token = self.begin(client, kind);
+        let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
+        self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
+            let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Call(result))));
+            core.call(now, request, done, out);
+        });
+    }
+
+    /// An operation ended.
+    pub(super) fn on_answer(&mut self, token: u64, answer: Answer) -> Verdict {
+        let Some(Pending { client, since, kind }) = self.pending.remove(&token) else { return Ok(()) };
+        self.loads[client].in_flight = self.loads[client].in_flight.saturating_sub(1);
+        match (kind, answer) {
+            (Kind::Setup, Answer::Call(result)) => {
+                self.replies.insert(token, result);
+                Ok(())
+            }
+            (Kind::Open { volume }, Answer::Open(result)) => self.on_opened(client, volume, result),
+            (Kind::Close { volume }, Answer::Closed) => {
+                self.loads[client].holds[volume] = Hold::Closed;
+                Ok(())
+            }
+            (kind, Answer::Block(result)) => self.on_block(client, since, kind, result),
+            (kind, Answer::Call(result)) => self.on_name(client, kind, result),
+            (kind, _) => Err(broken(Invariant::Assertion, format!("{kind:?} was answered by something else"))),
+        }
+    }
+
+    fn on_opened(&mut self, client: usize, volume: usize, result: Result<VolumeHandle, OpenError>) -> Verdict {
+        let load = &mut self.loads[client];
+        load.recalled[volume] = false;
+        load.holds[volume] = match result {
+            Ok(handle) => Hold::Open(handle),
+            Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
+            Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => {
+                Hold::Closed
+            }
+            Err(error) => {
+                return Err(broken(Invariant::I17, format!("client {client} opens volume {volume}: {error}")));
+            }
+        };
+        Ok(())
+    }
+
+    fn on_block(&mut self, client: usize, since: u64, kind: Kind, result: BlockResult) -> Verdict {
+        let now = self.now();
+        let reply = match result {
+            Ok(reply) => reply,
+            Err(BlockError::Fenced | BlockError::Closed) => return Ok(()),
+            Err(BlockError::Miscompare { .. }) => {
+                // Nothing was written.
+                if let Kind::CompareAndWrite { volume, op, first, .. } = kind {
+                    self.shadow.write_refused(op);
+                    self.loads[client].known.remove(&(volume, first));
+                }
+                return Ok(());
+            }
+            Err(error @ BlockError::Damaged { .. }) => {
+                return Err(broken(Invariant::I1, format!("client {client}, {kind:?}: {error}")));
+            }
+            Err(error) => return Err(broken(Invariant::I17, format!("client {client}, {kind:?}: {error}"))),
+        };
+        match kind {
+            Kind::Read { volume, op, first } => {
+                let BlockReply::Data(pieces) = reply else {
+                    return Err(broken(Invariant::I2, "a read was answered without data"));
+                };
+                let bytes: Vec<u8> = pieces.iter().flat_map(|piece| piece.iter().copied()).collect();
+                let unit = self.volumes[volume].unit as usize;
+                self.shadow.read_answered(now, op, &bytes, unit).map_err(Box::new)?;
+                for (i, &value) in self.shadow.values(op).iter().enumerate() {
+                    self.loads[client].known.insert((volume, first + i as u64), value);
+                }
+            }
+            Kind::Write { volume, op, first, values, durable } => {
+                if durable {
+                    self.shadow.durable_write_acknowledged(now, op);
+                } else {
+                    self.shadow.write_acknowledged(now, op);
+                }
+                for (i, value) in values.into_iter().enumerate() {
+                    self.loads[client].known.insert((volume, first + i as u64), value);
+                }
+            }
+            Kind::CompareAndWrite { volume, op, first, old, new } => {
+                self.shadow.write_acknowledged(now, op);
+                let id = self.volumes[volume].info.volume.0;
+                self.shadow.observed(since, now, id, first, vec![old]);
+                self.loads[client].known.insert((volume, first), new);
+            }
+            Kind::Flush { volume } => self.shadow.flush_acknowledged(since, self.volumes[volume].info.volume.0),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// I18: names are each client's own, so that every call but an interrupted one must succeed, once.
+    fn on_name(&mut self, client: usize, kind: Kind, result: Result<MdsReply, MdsError>) -> Verdict {
+        match (kind, result) {
+            (kind, Err(error @ (MdsError::Posix(_) | MdsError::Exists(_) | MdsError::NotFound(_)))) => {
+                Err(broken(Invariant::I18, format!("client {client}, {kind:?}: {error}")))
+            }
+            (Kind::Create { name } | Kind::Rename { to: name, .. }, Ok(_)) => {
+                self.loads[client].files.push(name);
+                Ok(())
+            }
+            // Interrupted calls leave names of unknown state behind; nobody looks at them again.
+            _ => Ok(()),
+        }
+    }
+
+    /// A process of a client died: what it had in flight will never be answered.
+    pub(super) fn client_died(&mut self, client: usize) {
+        self.pending.retain(|_, op| op.client != client);
+        self.loads[client].died();
+    }
+
+    /// Adds a client that has done nothing yet.
+    pub(super) fn add_load(&mut self) -> usize {
+        let mut load = Load::new(Rng::new(self.seed ^ SECOND));
+        load.know_volumes(self.volumes.len());
+        self.loads.push(load);
+        self.cluster.create_client()
+    }
+
+    /// Files that must exist.
+    pub(super) fn files(&self) -> impl Iterator<Item = &String> {
+        self.loads.iter().flat_map(|load| &load.files)
+    }
+}
+
+/// Size of a volume in units.
+struct SimVolume {
+    units: u64,
+    unit: u64,
+}

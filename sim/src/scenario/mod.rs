@@ -1,0 +1,257 @@
+//! The scenario: a whole cluster over the production cores, clients that fight for a few volumes, faults, healing, and
+//! the verdict of every checker.
+//!
+//! Three phases a seed: chaos; heal everything and wait for every operation in flight (I17); read everything back
+//! through a fresh client, wait for full redundancy, compare every copy of every chunk and the state of every metadata
+//! server.
+
+mod cluster;
+mod faults;
+mod load;
+mod plan;
+mod setup;
+mod verify;
+
+use crate::checkers::shadow::{Broken, Invariant, Shadow};
+use crate::run::{Options, Outcome};
+use crate::world::{MS, SECOND};
+use cairn_client::ClientCore;
+use cairn_client::{Completion, Notice, OpenError, VolumeHandle};
+use cairn_env::block::BlockResult;
+use cairn_stdx::Rng;
+use cairn_wire::mds::{MdsError, MdsReply, VolumeInfo};
+use cluster::{Cluster, SimMds};
+use faults::Faults;
+use load::{Load, Pending};
+use plan::Plan;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// A verdict: nothing, or the first broken invariant.
+pub(crate) type Verdict = Result<(), Box<Broken>>;
+
+/// How often the driver looks around.
+const LOOK_EVERY: u64 = 50 * MS;
+/// Driver tokens: the look, the load of one client, faults, and restorations from here on.
+const TOKEN_LOOK: u64 = 0;
+const TOKEN_FAULT: u64 = 1;
+const TOKEN_CLIENT: u64 = 16;
+const TOKEN_RESTORE: u64 = 1024;
+/// Virtual time within which every operation must end once everything is healed (I17).
+const END_WITHIN: u64 = 120 * SECOND;
+
+pub(crate) fn broken(invariant: Invariant, detail: impl Into<String>) -> Box<Broken> {
+    Box::new(Broken { invariant, detail: detail.into() })
+}
+
+/// How an operation of a client ended.
+pub(crate) enum Answer {
+    Block(BlockResult),
+    Call(Result<MdsReply, MdsError>),
+    Open(Result<VolumeHandle, OpenError>),
+    Closed,
+}
+
+/// Answers on their way from the clients' callbacks to the driver.
+type Mailbox = Rc<RefCell<Vec<(u64, Answer)>>>;
+
+/// A volume of the run.
+pub(crate) struct SimVolume {
+    pub info: VolumeInfo,
+    pub unit: u64,
+}
+
+/// One seed under way.
+pub(crate) struct Scenario {
+    seed: u64,
+    plan: Plan,
+    cluster: Cluster,
+    shadow: Shadow,
+    volumes: Vec<SimVolume>,
+    loads: Vec<Load>,
+    faults: Faults,
+    pending: BTreeMap<u64, Pending>,
+    mailbox: Mailbox,
+    next_token: u64,
+    next_value: u64,
+    next_name: u64,
+    chaos: bool,
+    /// Digest of the metadata state by applied index, from whichever server had it first (I11).
+    digests: BTreeMap<u64, (usize, u64)>,
+    /// Answers to calls of the setup.
+    replies: BTreeMap<u64, Result<MdsReply, MdsError>>,
+}
+
+impl Scenario {
+    pub fn new(seed: u64, options: &Options) -> Self {
+        let rng = Rng::new(seed);
+        let plan = Plan::draw(&mut rng.split(11), options.faultless);
+        let mut cluster = Cluster::new(seed, plan.shape.clone(), rng.split(12));
+        cluster.world.verbose = options.verbose;
+        cluster.world.net.slow_one_in = plan.slow_one_in;
+        let loads = (0..plan.shape.clients as u64).map(|i| Load::new(rng.split(100 + i))).collect();
+        let faults = Faults::new(rng.split(13), plan.shape.cs);
+        Self {
+            seed,
+            plan,
+            cluster,
+            shadow: Shadow::default(),
+            volumes: Vec::new(),
+            loads,
+            faults,
+            pending: BTreeMap::new(),
+            mailbox: Mailbox::default(),
+            next_token: 1,
+            next_value: 0,
+            next_name: 0,
+            chaos: false,
+            digests: BTreeMap::new(),
+            replies: BTreeMap::new(),
+        }
+    }
+
+    /// Runs the seed to its verdict.
+    pub fn run(&mut self) -> Verdict {
+        self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
+        self.set_up()?;
+        self.cluster.world.note(format_args!("chaos begins: {}", self.plan.describe()));
+        self.chaos = true;
+        for client in 0..self.loads.len() as u64 {
+            self.cluster.world.wake_driver(1 + client, TOKEN_CLIENT + client);
+        }
+        self.cluster.world.wake_driver(SECOND, TOKEN_FAULT);
+        let until = self.now() + self.plan.chaos_ns;
+        self.run_until(until, |_| false)?;
+        self.chaos = false;
+        self.heal();
+        self.cluster.world.note(format_args!("healed; {} operations in flight", self.pending.len()));
+        self.wait("operations in flight", END_WITHIN, |s| s.pending.is_empty())?;
+        self.verify()
+    }
+
+    /// The verdict with everything a reader wants to know.
+    pub fn outcome(self, broken: Option<Broken>) -> Outcome {
+        let world = &self.cluster.world;
+        let recent = if broken.is_some() { world.recent.iter().cloned().collect() } else { Vec::new() };
+        Outcome {
+            seed: self.seed,
+            virtual_ns: world.now() - 1_000 * SECOND,
+            steps: world.steps,
+            trace: world.trace_hash(),
+            work: (self.shadow.writes_acknowledged, self.shadow.blocks_read),
+            plan: self.plan.describe(),
+            broken,
+            recent,
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.cluster.world.now()
+    }
+
+    /// Steps until `done` holds, looked at with every driver token, or the time has come; true when it holds.
+    fn run_until(&mut self, until: u64, done: impl Fn(&mut Self) -> bool) -> Result<bool, Box<Broken>> {
+        while self.now() < until {
+            let Some(token) = self.cluster.world.step() else { break };
+            self.collect()?;
+            if let Some(token) = token {
+                self.on_token(token)?;
+                self.collect()?;
+                if done(self) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// As [`Self::run_until`]; the time running out breaks I17.
+    fn wait(&mut self, what: &str, at_most: u64, done: impl Fn(&mut Self) -> bool) -> Verdict {
+        let until = self.now() + at_most;
+        if self.run_until(until, done)? {
+            return Ok(());
+        }
+        let now = self.now();
+        let stuck: Vec<String> = self
+            .pending
+            .values()
+            .map(|op| {
+                format!("client {} for {:.1} s: {:?}", op.client, (now - op.since) as f64 / SECOND as f64, op.kind)
+            })
+            .collect();
+        let detail = format!("{what}: not within {} s\n{}\n{}", at_most / SECOND, stuck.join("\n"), self.situation());
+        Err(broken(Invariant::I17, detail))
+    }
+
+    fn on_token(&mut self, token: u64) -> Verdict {
+        match token {
+            TOKEN_LOOK => self.look(),
+            TOKEN_FAULT => self.next_fault(),
+            TOKEN_CLIENT..TOKEN_RESTORE => {
+                self.act((token - TOKEN_CLIENT) as usize);
+                Ok(())
+            }
+            _ => {
+                self.restore(token);
+                Ok(())
+            }
+        }
+    }
+
+    /// What is looked after all the time, as the shells of the daemons do, and what checkers sample.
+    fn look(&mut self) -> Verdict {
+        self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
+        self.cluster.keep_cs_ids();
+        if let Some((node, why)) = self.cluster.world.fatal.pop() {
+            return Err(broken(Invariant::I17, format!("{node:?} gave up: {why}")));
+        }
+        for index in 0..self.cluster.mds.len() {
+            let node = self.cluster.mds[index].node;
+            let seen = self
+                .cluster
+                .world
+                .inspect::<SimMds, _>(node, |core| (core.meta().applied_index(), core.meta().state_hash()));
+            let Some((applied, digest)) = seen else { continue };
+            let (first, known) = *self.digests.entry(applied).or_insert((index, digest));
+            if known != digest {
+                let detail = format!("at {applied} MDS {first} had the digest {known:x}, MDS {index} has {digest:x}");
+                return Err(broken(Invariant::I11, detail));
+            }
+        }
+        self.release_recalled();
+        Ok(())
+    }
+
+    /// Takes what the clients finished.
+    fn collect(&mut self) -> Verdict {
+        for client in 0..self.cluster.clients.len() {
+            let node = self.cluster.clients[client];
+            let completions = self.cluster.world.inspect::<ClientCore, _>(node, ClientCore::take_completions);
+            for completion in completions.into_iter().flatten() {
+                match completion {
+                    Completion::Notice(notice) => self.on_notice(client, &notice),
+                    other => other.run(),
+                }
+            }
+        }
+        loop {
+            let answers = std::mem::take(&mut *self.mailbox.borrow_mut());
+            if answers.is_empty() {
+                return Ok(());
+            }
+            for (token, answer) in answers {
+                self.on_answer(token, answer)?;
+            }
+        }
+    }
+
+    fn on_notice(&mut self, client: usize, notice: &Notice) {
+        let Some(load) = self.loads.get_mut(client) else { return };
+        match notice {
+            Notice::Recall(handle, _) => load.recalled(*handle),
+            Notice::Fenced(handle) => load.fenced(*handle),
+            _ => {}
+        }
+    }
+}

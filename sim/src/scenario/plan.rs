@@ -1,0 +1,124 @@
+//! What a seed draws before anything happens: the shape of the cluster, the kinds of fault, their pace (swarm testing:
+//! a seed that knows few kinds of fault goes deeper into each).
+
+use super::cluster::Shape;
+use crate::world::{MS, SECOND};
+use cairn_stdx::Rng;
+
+/// Kinds of fault.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum FaultKind {
+    KillCs,
+    KillMds,
+    KillClient,
+    CutCs,
+    CutMds,
+    CutAll,
+    Partition,
+    OneWay,
+    Reset,
+    Pause,
+    Clock,
+    SlowDisk,
+}
+
+const ALL: [FaultKind; 12] = [
+    FaultKind::KillCs,
+    FaultKind::KillMds,
+    FaultKind::KillClient,
+    FaultKind::CutCs,
+    FaultKind::CutMds,
+    FaultKind::CutAll,
+    FaultKind::Partition,
+    FaultKind::OneWay,
+    FaultKind::Reset,
+    FaultKind::Pause,
+    FaultKind::Clock,
+    FaultKind::SlowDisk,
+];
+
+/// A volume of the seed.
+#[derive(Clone, Debug)]
+pub(super) struct VolumePlan {
+    pub size: u64,
+    pub replicas: u8,
+    pub minimum: u8,
+    /// Bytes of the unit of the shadow map: whole blocks, or sectors where writes are not aligned.
+    pub unit: u64,
+}
+
+/// All that a seed draws.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub shape: Shape,
+    pub volumes: Vec<VolumePlan>,
+    pub faults: Vec<FaultKind>,
+    pub chaos_ns: u64,
+    /// Longest pause between two faults.
+    pub fault_every: u64,
+    /// Longest time until what was killed comes back.
+    pub down_max: u64,
+    /// Longest pause between two operations of a client.
+    pub think: u64,
+    /// Operations a client has in flight.
+    pub in_flight_max: usize,
+    /// Seconds until a silent chunk server counts as lost.
+    pub offline_after: Option<u64>,
+    /// Frames that take a long way, one in so many.
+    pub slow_one_in: u64,
+}
+
+impl Plan {
+    pub fn draw(rng: &mut Rng, faultless: bool) -> Self {
+        let mds = *rng.choose(&[1, 1, 3, 3, 3, 5]).expect("not empty");
+        let cs = rng.range(3, 6) as usize;
+        let shape = Shape {
+            mds,
+            cs,
+            clients: rng.range(2, 4) as usize,
+            chain_groups_max: *rng.choose(&[24, 96, 8192]).expect("not empty"),
+            checkpoint_bytes: *rng.choose(&[16 << 10, 128 << 10, 4 << 20]).expect("not empty"),
+            scrub: *rng.choose(&[0, 0, 120]).expect("not empty"),
+        };
+        let volume = |rng: &mut Rng| {
+            let replicas = rng.range(1, 4).max(rng.range(1, 4)) as u8;
+            let minimum = rng.range(1, u64::from(replicas) + 1) as u8;
+            let unit = *rng.choose(&[4096, 4096, 512]).expect("not empty");
+            VolumePlan { size: (1 << 20) * rng.range(1, 4), replicas, minimum, unit }
+        };
+        let volumes = (0..rng.range(1, 4)).map(|_| volume(rng)).collect();
+        let mut faults: Vec<FaultKind> = ALL.to_vec();
+        rng.shuffle(&mut faults);
+        faults.truncate(rng.range(1, 7) as usize);
+        if faultless {
+            faults.clear();
+        }
+        Self {
+            shape,
+            volumes,
+            faults,
+            chaos_ns: rng.range(15 * SECOND, 40 * SECOND),
+            fault_every: *rng.choose(&[600 * MS, 2 * SECOND, 6 * SECOND]).expect("not empty"),
+            down_max: *rng.choose(&[300 * MS, 3 * SECOND, 15 * SECOND]).expect("not empty"),
+            think: *rng.choose(&[20 * MS, 60 * MS, 200 * MS]).expect("not empty"),
+            in_flight_max: rng.range(1, 9) as usize,
+            offline_after: rng.chance(1, 3).then_some(10),
+            slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
+        }
+    }
+
+    /// One line for the report.
+    pub fn describe(&self) -> String {
+        let shape = &self.shape;
+        let volumes: Vec<String> =
+            self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
+        format!(
+            "{} MDS, {} CS, {} clients, volumes {}, faults {:?}",
+            shape.mds,
+            shape.cs,
+            shape.clients,
+            volumes.join(" "),
+            self.faults
+        )
+    }
+}

@@ -1,0 +1,90 @@
+//! Bringing a cluster up the way operators do: the first metadata server creates it, the others are admitted and join,
+//! chunk servers register, volumes are created.
+
+use super::cluster::SimMds;
+use super::load::{Kind, Pending};
+use super::{Answer, Scenario, SimVolume, Verdict, broken};
+use crate::checkers::shadow::Invariant;
+use crate::world::SECOND;
+use cairn_client::ClientCore;
+use cairn_types::{FailureDomain, Redundancy};
+use cairn_wire::mds::{MdsReply, MdsRequest, VolumeOptions};
+
+/// Virtual time any step of the setup may take.
+const STEP_MAX: u64 = 60 * SECOND;
+
+impl Scenario {
+    pub(super) fn set_up(&mut self) -> Verdict {
+        self.cluster.create_first_mds();
+        for _ in 0..self.plan.shape.clients {
+            self.cluster.create_client();
+        }
+        for nth in 1..self.plan.shape.mds {
+            let addr = self.cluster.next_mds_addr();
+            let nonce = 0x5eed_0000 + nth as u64;
+            let request = MdsRequest::MdsAdd { addr, repository: String::new(), nonce };
+            let MdsReply::MdsAdmitted { mds, servers, .. } = self.call_and_wait(request)? else {
+                return Err(broken(Invariant::I17, "MdsAdd was answered by something else"));
+            };
+            self.cluster.join_mds(mds, nonce, servers);
+            self.wait("a metadata server joins", STEP_MAX, |s| {
+                let count = s.cluster.mds.len();
+                s.cluster.mds.iter().map(|mds| mds.node).collect::<Vec<_>>().into_iter().all(|node| {
+                    let voters = s
+                        .cluster
+                        .world
+                        .inspect::<SimMds, _>(node, |core| core.consensus().status().members.voters.len());
+                    voters == Some(count)
+                })
+            })?;
+        }
+        for _ in 0..self.plan.shape.cs {
+            self.cluster.create_cs();
+        }
+        self.wait("chunk servers register", STEP_MAX, |s| s.cluster.cs.iter().all(|cs| cs.id.is_some()))?;
+        if let Some(seconds) = self.plan.offline_after {
+            for (key, value) in
+                [("mds.wd.offline_tout", seconds), ("mds.wd.max_offline_cs", 0), ("mds.wd.max_offline_cs_hosts", 0)]
+            {
+                let request = MdsRequest::ConfigSet { key: key.to_owned(), value: value.to_string() };
+                self.call_and_wait(request)?;
+            }
+        }
+        for (nth, volume) in self.plan.volumes.clone().into_iter().enumerate() {
+            let redundancy = Redundancy::new(volume.replicas, volume.minimum).expect("drawn within its range");
+            let options = VolumeOptions {
+                redundancy: Some(redundancy),
+                failure_domain: Some(FailureDomain::Host),
+                tier: None,
+                chunk_size: Some(1 << 20),
+            };
+            let request = MdsRequest::VolumeCreate { name: format!("v{nth}"), size: volume.size, options };
+            let MdsReply::Volume(info) = self.call_and_wait(request)? else {
+                return Err(broken(Invariant::I17, "VolumeCreate was answered by something else"));
+            };
+            self.volumes.push(SimVolume { info, unit: volume.unit });
+        }
+        self.loads.iter_mut().for_each(|load| load.know_volumes(self.volumes.len()));
+        Ok(())
+    }
+
+    /// Calls the metadata servers through the first client; setup only.
+    fn call_and_wait(&mut self, request: MdsRequest) -> Result<MdsReply, Box<crate::checkers::shadow::Broken>> {
+        let what = format!("{request:?}");
+        let token = self.token();
+        self.pending.insert(token, Pending { client: 0, since: self.now(), kind: Kind::Setup });
+        let (node, mailbox) = (self.cluster.clients[0], self.mailbox.clone());
+        self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
+            let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Call(result))));
+            core.call(now, request, done, out);
+        });
+        self.wait(&what, STEP_MAX, |s| s.replies.contains_key(&token))?;
+        let reply = self.replies.remove(&token).expect("just waited for");
+        reply.map_err(|error| broken(Invariant::I17, format!("{what} in a healthy cluster: {error}")))
+    }
+
+    pub(super) fn token(&mut self) -> u64 {
+        self.next_token += 1;
+        self.next_token
+    }
+}
