@@ -259,13 +259,13 @@ impl Volume {
     }
 
     fn answer_openers(&mut self, ctx: &mut Ctx<'_>) {
+        if planted!("sequence_reused_after_reopen") && self.refs == 0 && self.tracker.load().0 == 0 {
+            self.tracker = Tracker::new(1);
+        }
         for (rule, done) in std::mem::take(&mut self.openers) {
             self.refs += 1;
             self.rule = rule;
             ctx.done.push(Completion::Open(done, Ok(VolumeHandle(self.key))));
-        }
-        if planted!("sequence_reused_after_reopen") && self.idle_since.is_some() && self.tracker.load().0 == 0 {
-            self.tracker = Tracker::new(1);
         }
         self.idle_since = None;
     }
@@ -447,6 +447,10 @@ impl Volume {
     /// One handle fewer; the last one flushes and settles. `done` is called when that is through.
     pub(crate) fn close(&mut self, ctx: &mut Ctx<'_>, done: Box<dyn FnOnce()>) {
         self.refs = self.refs.saturating_sub(1);
+        if planted!("release_before_drain") && self.release_wanted {
+            ctx.done.push(Completion::Closed(done));
+            return;
+        }
         self.add_internal_flush(ctx, Done::Closed(done));
     }
 

@@ -2,4 +2,6 @@
 
 mod data;
 mod faults;
+#[cfg(feature = "planted")]
+mod plants;
 mod world;
