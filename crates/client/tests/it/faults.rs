@@ -501,8 +501,8 @@ pub fn storm(seed: u64) {
     }
 }
 
-/// The old holder cannot reach the metadata servers, the new one cannot reach a replica, which is therefore taken out without
-/// being fenced: only confirmation by the other replicas keeps the old holder from reading there.
+/// The old holder cannot reach the metadata servers, the new one cannot reach a replica, which is therefore taken out
+/// without being fenced: only confirmation by the other replicas keeps the old holder from reading there.
 pub fn stale_replica_is_not_read() {
     let (mut world, client, volume, handle) = ready(62, 3);
     fill(&mut world, client, handle, 1);
