@@ -72,6 +72,8 @@ pub(crate) struct File {
     pub(crate) recalled: Cell<bool>,
     /// F1 holds for the pages the kernel has.
     pub(crate) pages_valid: Cell<bool>,
+    /// How often F1 has stopped to hold: tells whether a handle was opened since.
+    pub(crate) pages_round: Cell<u64>,
     pub(crate) waiters: RefCell<Vec<Waiter>>,
     pub(crate) handles: Cell<u32>,
     pub(crate) writers: Cell<u32>,
@@ -96,6 +98,12 @@ pub(crate) struct File {
 }
 
 impl File {
+    /// F1 does not hold any more for the pages the kernel has.
+    pub(crate) fn pages_outdated(&self) {
+        self.pages_valid.set(false);
+        self.pages_round.set(self.pages_round.get() + 1);
+    }
+
     fn new(inode: InodeId) -> Self {
         Self {
             inode,
@@ -106,6 +114,7 @@ impl File {
             departing: Cell::new(false),
             recalled: Cell::new(false),
             pages_valid: Cell::new(false),
+            pages_round: Cell::new(0),
             waiters: RefCell::default(),
             handles: Cell::new(0),
             writers: Cell::new(0),

@@ -106,7 +106,7 @@ impl Core {
         *file.lease.borrow_mut() = Lease::None;
         file.departing.set(false);
         file.fences.set(file.fences.get() + 1);
-        file.pages_valid.set(false);
+        file.pages_outdated();
         file.size_dirty.set(false);
         file.mtime_dirty.set(false);
         file.attr_changing();

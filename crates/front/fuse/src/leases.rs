@@ -2,7 +2,7 @@
 
 use crate::attr::open_errno;
 use crate::backend::{OpenFailure, Volume};
-use crate::core::Core;
+use crate::core::{Core, Handle};
 use crate::files::{Departure, File, Lease};
 use cairn_env::block::BlockError;
 use cairn_types::{InodeId, VolumeId};
@@ -65,9 +65,19 @@ impl Core {
         }
     }
 
-    /// True when the kernel may keep the pages it has over this open; from now on they are valid (F1).
+    /// True when the kernel may keep the pages it has over this open (F1).
+    ///
+    /// An open without that makes the kernel forget them, but only when it gets to the answer: another open may overtake
+    /// it. So pages count as valid again from the first request of such a handle on, see [`Core::uses_handle`].
     pub fn claim_pages(&self, file: &File) -> bool {
-        file.pages_valid.replace(true)
+        file.pages_valid.get()
+    }
+
+    /// A request of a handle proves that the kernel has taken its open, and with it forgotten older pages.
+    pub fn uses_handle(&self, handle: &Handle) {
+        if handle.pages_round == handle.file.pages_round.get() {
+            handle.file.pages_valid.set(true);
+        }
     }
 
     /// Runs `then` with the volume as soon as the lease allows `need`.
@@ -174,7 +184,7 @@ impl Core {
             core.leave(&leaving, Departure::Wanted);
             if late {
                 // Readers never paused. New reads wait for the next lease now, so nobody may wait for this notice.
-                leaving.pages_valid.set(false);
+                leaving.pages_outdated();
                 core.notify(leaving.inode, true, Box::new(|_| ()));
             }
         };

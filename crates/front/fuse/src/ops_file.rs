@@ -77,6 +77,7 @@ impl Core {
     /// The handle of an operation, unless the lease it wrote under was lost since it was opened.
     fn live_handle(&self, number: u64) -> Result<Rc<Handle>, Errno> {
         let handle = self.handle(number)?;
+        self.uses_handle(&handle);
         if handle.writer && handle.fences != handle.file.fences.get() { Err(Errno::EIO) } else { Ok(handle) }
     }
 

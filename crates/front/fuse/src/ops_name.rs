@@ -102,7 +102,8 @@ impl Core {
     /// Enters a handle of a file whose handle count already includes it.
     pub fn enter_handle(&self, file: &Rc<File>, writer: bool) -> u64 {
         let number = self.new_handle();
-        let handle = Handle { file: Rc::clone(file), writer, fences: file.fences.get() };
+        let handle =
+            Handle { file: Rc::clone(file), writer, fences: file.fences.get(), pages_round: file.pages_round.get() };
         self.handles.borrow_mut().insert(number, Rc::new(handle));
         number
     }
