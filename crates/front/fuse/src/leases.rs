@@ -68,7 +68,8 @@ impl Core {
     /// True when the kernel may keep the pages it has over this open (F1).
     ///
     /// An open without that makes the kernel forget them, but only when it gets to the answer: another open may
-    /// overtake it. So pages count as valid again from the first request of such a handle on, see [`Core::uses_handle`].
+    /// overtake it. So pages count as valid again from the first request of such a handle on, see
+    /// [`Core::uses_handle`].
     pub fn claim_pages(&self, file: &File) -> bool {
         file.pages_valid.get()
     }
