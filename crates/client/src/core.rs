@@ -163,6 +163,11 @@ impl ClientCore {
         self.stopped
     }
 
+    /// What every volume waits for, in words; nothing of those at rest.
+    pub fn explain(&self, now: Instant) -> Vec<String> {
+        self.volumes.iter().flat_map(|(_, volume)| volume.explain(now, &self.servers)).collect()
+    }
+
     /// Volume, epoch and size of an open volume.
     pub fn volume(&self, handle: VolumeHandle) -> Option<(VolumeId, Epoch, u64)> {
         self.volumes.get(handle.0).map(|volume| (volume.id, volume.epoch, volume.size))

@@ -232,6 +232,14 @@ impl Servers {
         &mut self.servers[number as usize]
     }
 
+    /// The state of the link and what is asked on it, for people.
+    pub(crate) fn explain(&self, number: u32) -> String {
+        let server = &self.servers[number as usize];
+        let asked: Vec<String> = server.window.iter().flatten().map(|sent| format!("{:?}", sent.owner)).collect();
+        let (state, addr, waiting) = (server.state, server.addr, server.waiting.len());
+        format!("link {state:?} to {addr:?}, asked [{}], {waiting} more to send", asked.join(", "))
+    }
+
     /// True when requests go out at once.
     pub(crate) fn is_up(&self, number: u32) -> bool {
         matches!(self.servers[number as usize].state, State::Up { .. })

@@ -74,6 +74,12 @@ impl Marks {
         }
     }
 
+    /// A write came again that was done here before: what is not tracked of it is durable, perhaps since an earlier
+    /// process, and the mark may pass it. Without this a write resent after a restart would never settle.
+    pub fn repeated(&mut self, sequence: Sequence) {
+        self.received_max = self.received_max.max(sequence.0);
+    }
+
     /// The store answered a write: it is durable once the log is durable up to `lsn`; zero for durable already.
     pub fn done(&mut self, sequence: Sequence, lsn: u64) {
         let at = self.find(sequence.0).expect("an answered write was submitted");

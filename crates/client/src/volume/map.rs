@@ -91,6 +91,37 @@ pub(super) struct Chunk {
     used: bool,
 }
 
+impl Chunk {
+    /// What it waits for, for people.
+    pub(super) fn explain(&self) -> String {
+        let flags = [
+            (self.ready, "ready"),
+            (!self.known, "unknown"),
+            (self.fetch, "to be fetched"),
+            (self.fetching, "being fetched"),
+            (self.refreshing, "being refreshed"),
+            (self.want, "to be allocated"),
+            (self.allocating, "being allocated"),
+            (self.create, "to be created"),
+            (self.raise, "to be raised"),
+            (self.failing, "a copy being reported as failed"),
+            (self.calls > 0, "being prepared"),
+            (self.delayed, "looked at again soon"),
+        ];
+        let words: Vec<&str> = flags.iter().filter(|(is, _)| *is).map(|(_, word)| *word).collect();
+        let entry = self.entry.as_ref().map_or("a hole".to_owned(), |entry| {
+            let reps: Vec<String> = entry
+                .reps
+                .iter()
+                .map(|rep| format!("slot {}{} since {}", rep.slot, if rep.current { "" } else { " rebuilding" }, rep.since))
+                .collect();
+            format!("{} {} min {} [{}]", entry.chunk, entry.version, entry.minimum, reps.join(", "))
+        });
+        let (waiting, active, unsettled) = (self.waiting.len(), self.active, self.unsettled);
+        format!("{entry}: {}; {waiting} parts wait, {active} pins, {unsettled} unsettled", words.join(", "))
+    }
+}
+
 impl Volume {
     /// The cache place of an index, made if absent.
     pub(super) fn chunk(&mut self, index: u64) -> &mut Chunk {

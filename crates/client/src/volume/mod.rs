@@ -3,9 +3,10 @@
 //! - [`ops`]: what users ask, cut into *parts* of one chunk and at most 1 MiB; range locks order them ([`locks`]).
 //! - [`map`]: the chunk map cache and the preparation of a chunk (fence, create, raise) before it is used.
 //! - [`write`], [`read`]: one part at the replicas. [`flush`]: durability and settling ([`tracker`]).
-//! - [`fail`]: replicas that fail. [`reconcile`]: making replicas equal after a take-over or a restart.
+//! - [`explain`]: what it waits for, in words. [`fail`]: replicas that fail. [`reconcile`]: making replicas equal after a take-over or a restart.
 //! - this file: the state, opening and closing.
 
+mod explain;
 mod fail;
 mod flush;
 mod locks;

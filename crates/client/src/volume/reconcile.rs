@@ -66,6 +66,22 @@ pub(super) struct Reconcile {
     upto: u64,
 }
 
+impl Reconcile {
+    /// How far it is, for people.
+    pub(super) fn explain(&self) -> String {
+        format!(
+            "{:?}, tails asked {:?}, chunks to prepare {:?}, {} copies to do, {} under way{}{}",
+            self.stage,
+            self.asked,
+            self.preparing,
+            self.copies.len(),
+            self.under_way,
+            if self.failed { ", failed" } else { "" },
+            if self.again { ", once more" } else { "" }
+        )
+    }
+}
+
 /// Which write a block's content comes from.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct Origin {

@@ -169,6 +169,25 @@ impl Tracker {
         self.marks.iter_mut().for_each(|mark| mark.frozen = false);
     }
 
+    /// A few lines about the oldest unsettled write and the marks of the servers, for people.
+    pub(crate) fn explain(&self) -> impl Iterator<Item = String> {
+        let oldest = self.entries.front().map(|entry| {
+            format!(
+                "oldest unsettled write {}: chunk {}, version {}, {}, needs slots {:?}",
+                self.base,
+                entry.index,
+                entry.version,
+                if entry.acknowledged { "acknowledged" } else { "not acknowledged" },
+                entry.servers.as_slice()
+            )
+        });
+        let mark = |(slot, mark): (usize, &Mark)| {
+            let frozen = if mark.frozen { ", awaits reconciliation" } else { "" };
+            format!("slot {slot}: durable up to {}, sent up to {}{frozen}", mark.durable, mark.sent)
+        };
+        oldest.into_iter().chain(self.marks.iter().enumerate().map(mark).collect::<Vec<_>>())
+    }
+
     /// True while a restarted server awaits reconciliation.
     pub(crate) fn is_frozen(&self, slot: u16) -> bool {
         self.marks.get(slot as usize).is_some_and(|mark| mark.frozen)

@@ -118,6 +118,14 @@ impl WritePart {
         }
     }
 
+    /// How far it is, for people.
+    pub(super) fn explain(&self) -> String {
+        let targets: Vec<String> =
+            self.targets.iter().map(|t| format!("slot {} {:?} at {}", t.slot, t.at, t.version)).collect();
+        let parked = if self.parked { ", parked below the minimum" } else { "" };
+        format!("write {}: {}{parked}", self.sequence, targets.join(", "))
+    }
+
     fn mapped(self) -> Self {
         Self { unmap: false, ..self }
     }

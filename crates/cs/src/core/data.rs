@@ -231,6 +231,7 @@ impl CsCore {
 
     fn answer_duplicate(&mut self, caller: Caller, id: VolumeId, sequence: Sequence, durable: bool, out: &mut Effects) {
         let volume = self.volumes.get_mut(&id).expect("judged by the caller");
+        volume.marks.repeated(sequence);
         if durable && volume.marks.is_undurable(sequence, self.durable_lsn) {
             self.flush_waiters.push(FlushWaiter { caller, volume: id });
         } else {
