@@ -63,7 +63,6 @@ impl Chunk {
     /// A version change: the next record has a set of its own.
     pub(crate) fn bump(&mut self) {
         self.version = ChunkVersion(self.version.0 + 1);
-        self.used = true;
     }
 
     /// Takes a server out of the set; its copy stays behind as a stale one.

@@ -245,7 +245,7 @@ pub struct Chunk {
     pub replicas_normal: u8,
     /// Writes wait below this.
     pub minimum: u8,
-    /// A chunk server has reported a copy, or the set has changed: no longer void.
+    /// A copy is known to have existed, from a report or a version change carried out: no longer void.
     pub used: bool,
     /// The set.
     pub replicas: Vec<Replica>,

@@ -35,7 +35,9 @@ impl Volume {
             let known = if server.fence == Fence::Yes { "fenced" } else { "not fenced" };
             let excused = if server.excused { ", excused" } else { "" };
             let failing = if server.failing { ", being reported as failed" } else { "" };
-            let doubted = server.doubted.map(|since| format!(", alone with unflushed data for {:?}", now.saturating_since(since)));
+            let doubted = server
+                .doubted
+                .map(|since| format!(", alone with unflushed data for {:?}", now.saturating_since(since)));
             lines.push(format!(
                 "  slot {slot} {}: {known}{excused}{failing}{}, {} chunks wait; {}",
                 server.cs,
@@ -55,7 +57,9 @@ impl Volume {
                 Kind::Zero { offset, len, .. } => format!("zero {offset}+{len}"),
                 Kind::Compare { offset, data, .. } => format!("compare and write {offset}+{}", data.len()),
                 Kind::Extents { offset, len, .. } => format!("extents {offset}+{len}"),
-                Kind::Copy { block, count, sources, .. } => format!("copy block {block}+{count} from slots {sources:?}"),
+                Kind::Copy { block, count, sources, .. } => {
+                    format!("copy block {block}+{count} from slots {sources:?}")
+                }
             };
             lines.push(format!("  operation {id}: {kind}, {} parts left", op.left));
         }

@@ -80,6 +80,8 @@ pub(super) struct Chunk {
     pub failing: bool,
     calls: u32,
     round: u32,
+    /// Current replicas that have no such chunk, says the present round of preparation.
+    missing: Vec<u16>,
     delayed: bool,
     /// Usable as it stands.
     pub ready: bool,
@@ -113,7 +115,9 @@ impl Chunk {
             let reps: Vec<String> = entry
                 .reps
                 .iter()
-                .map(|rep| format!("slot {}{} since {}", rep.slot, if rep.current { "" } else { " rebuilding" }, rep.since))
+                .map(|rep| {
+                    format!("slot {}{} since {}", rep.slot, if rep.current { "" } else { " rebuilding" }, rep.since)
+                })
                 .collect();
             format!("{} {} min {} [{}]", entry.chunk, entry.version, entry.minimum, reps.join(", "))
         });
@@ -317,6 +321,7 @@ impl Volume {
         chunk.ready = false;
         chunk.round = chunk.round.wrapping_add(1);
         chunk.calls = slots.len() as u32;
+        chunk.missing.clear();
         let round = chunk.round;
         if slots.is_empty() {
             chunk.raise = false;
@@ -359,14 +364,17 @@ impl Volume {
         let (version, rep) = (entry.version, entry.rep(slot).copied());
         let create = chunk.create;
         match result {
-            Ok(_) => {
-                chunk.calls -= 1;
-                if chunk.calls == 0 {
-                    // A raise may follow a create that began in an earlier version.
-                    chunk.raise &= create;
-                    chunk.create = false;
-                    self.drive(ctx, index);
-                }
+            Ok(_) => self.count_prepared(ctx, index),
+            // A copy being rebuilt may not have begun: its writes are tried and judged on their own.
+            Err(CsError::VersionMismatch { current, .. })
+                if current <= version && rep.is_some_and(|rep| !rep.current) =>
+            {
+                self.count_prepared(ctx, index)
+            }
+            Err(CsError::NoSuchChunk(_)) if rep.is_some_and(|rep| !rep.current) => self.count_prepared(ctx, index),
+            Err(CsError::NoSuchChunk(_)) if !create => {
+                chunk.missing.push(slot);
+                self.count_prepared(ctx, index);
             }
             Err(CsError::StaleEpoch { .. }) => {
                 self.die(ctx, BlockError::Fenced);
@@ -382,13 +390,6 @@ impl Volume {
                     }
                     CsError::VersionMismatch { current, .. } if current > version => {
                         chunk.fetch = true;
-                        self.drive(ctx, index);
-                    }
-                    CsError::VersionMismatch { .. } | CsError::NoSuchChunk(_)
-                        if rep.is_some_and(|rep| !rep.current) =>
-                    {
-                        // A copy being rebuilt may not have begun: its writes are tried and judged on their own.
-                        chunk.raise = false;
                         self.drive(ctx, index);
                     }
                     CsError::VersionMismatch { .. } | CsError::NoSuchChunk(_) => self.fail_copy(ctx, slot, index),
@@ -410,6 +411,28 @@ impl Volume {
                 }
             }
         }
+    }
+
+    /// One server fewer to wait for. Where all answered and some current ones have no such chunk: if none has it, it was
+    /// allocated and never created, so it is created now; otherwise those without it have lost it.
+    fn count_prepared(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let chunk = self.chunk(index);
+        chunk.calls -= 1;
+        if chunk.calls > 0 {
+            return;
+        }
+        let missing = std::mem::take(&mut chunk.missing);
+        let entry = chunk.entry.as_ref().expect("what is prepared has an entry");
+        match missing.first() {
+            None => {
+                // A raise may follow a create that began in an earlier version.
+                chunk.raise &= chunk.create;
+                chunk.create = false;
+            }
+            Some(_) if entry.current().all(|slot| missing.contains(&slot)) => chunk.create = true,
+            Some(slot) => return self.fail_copy(ctx, *slot, index),
+        }
+        self.drive(ctx, index);
     }
 
     /// Preparations under way may have lost an answer: they begin anew. Answers the chunks concerned.

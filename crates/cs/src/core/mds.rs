@@ -388,7 +388,7 @@ impl CsCore {
                     let delete = Control::Delete { chunk, version };
                     self.order_control(now, chunk, version, OrderKind::Delete, delete, out);
                 }
-                CsOrder::Rebuild { entry, volume, block_count, sources } => {
+                CsOrder::Rebuild { entry, volume, block_count, sources, created } => {
                     let (chunk, version) = (entry.chunk, entry.version);
                     let sane = (1..=cairn_store::CHUNK_BLOCKS_MAX).contains(&block_count)
                         && (1..=cairn_store::VERSION_MAX).contains(&version.0);
@@ -401,7 +401,8 @@ impl CsCore {
                     let joined = own.map_or(version, |replica| replica.since);
                     let own_id = self.mds.cs;
                     let sources = sources.into_iter().filter(|(cs, _)| Some(*cs) != own_id).collect();
-                    self.order_rebuild(now, RebuildOrder { entry, volume, block_count, sources, joined }, out);
+                    let order = RebuildOrder { entry, volume, block_count, sources, joined, created };
+                    self.order_rebuild(now, order, out);
                 }
             }
         }

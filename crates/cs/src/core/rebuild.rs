@@ -49,6 +49,8 @@ pub(super) struct RebuildOrder {
     pub block_count: u32,
     pub sources: Vec<(CsId, SocketAddr)>,
     pub joined: ChunkVersion,
+    /// A copy is known to have existed.
+    pub created: bool,
 }
 
 /// Copied blocks on their way to the store.
@@ -77,6 +79,8 @@ struct Job {
     order: RebuildOrder,
     phase: Phase,
     source: usize,
+    /// Sources of this round that have no such chunk.
+    absent: usize,
     /// Rises with every change of source, so that late answers of the old one are known.
     attempt: u64,
     /// Where to ask on for changed blocks; none when all are known.
@@ -159,6 +163,7 @@ impl CsCore {
                 let id = order.volume;
                 if order.sources.iter().map(|s| s.1).ne(job.order.sources.iter().map(|s| s.1)) {
                     job.source = 0;
+                    job.absent = 0;
                 }
                 job.order = order;
                 if raise {
@@ -194,6 +199,7 @@ impl CsCore {
                 order: order.clone(),
                 phase: Phase::Beginning,
                 source: 0,
+                absent: 0,
                 attempt: self.rebuilds.attempts,
                 list_from: Some(0),
                 listing: false,
@@ -298,8 +304,7 @@ impl CsCore {
             return;
         }
         let Some(addr) = job.order.sources.get(job.source).map(|source| source.1) else {
-            let reason = job.reason.clone();
-            return self.rebuild_failed(chunk, reason, out);
+            return self.sources_exhausted(now, chunk, out);
         };
         let Some(version) = self.store.chunk(chunk).map(|info| info.version) else {
             return self.drop_rebuild(chunk);
@@ -336,6 +341,39 @@ impl CsCore {
         if self.is_copied(chunk) {
             self.end_rebuild(now, chunk, out);
         }
+    }
+
+    /// No source could give what was asked. If that is because none of them has the chunk, and neither had this server,
+    /// it was allocated and never created: then the first source creates it, empty and at the present version, and from
+    /// there on it is a source like any other. Taking the absence itself for emptiness would not do: a holder with an
+    /// older map could still create the chunk there and write to it without this copy.
+    fn sources_exhausted(&mut self, now: Now, chunk: ChunkId, out: &mut Effects) {
+        let version = self.store.chunk(chunk).map(|info| info.version);
+        let is_new = self.copies.get(&chunk).is_some_and(|copy| copy.base.is_none());
+        let Some(job) = self.rebuilds.jobs.get_mut(&chunk) else { return };
+        let nowhere = job.absent > 0 && job.absent == job.order.sources.len();
+        let (true, Some(version)) = (nowhere && is_new && !job.order.created, version) else {
+            let reason = job.reason.clone();
+            return self.rebuild_failed(chunk, reason, out);
+        };
+        (job.source, job.absent, job.listing) = (0, 0, true);
+        let (attempt, addr, order) = (job.attempt, job.order.sources[0].1, job.order.clone());
+        let Some(link) = self.peer_link(now, addr, out) else {
+            // The round begins anew when the link is up.
+            self.rebuilds.jobs.get_mut(&chunk).expect("found above").listing = false;
+            return;
+        };
+        out.log.push(format!("{chunk} was never created: it is created on {}", order.sources[0].0));
+        let request = CsRequest::Create {
+            chunk,
+            volume: order.volume,
+            layer: order.entry.layer,
+            index: order.entry.index,
+            block_count: order.block_count,
+            version,
+            epoch: Epoch(0),
+        };
+        self.ask_changed(link, chunk, attempt, &request, out);
     }
 
     fn is_copied(&mut self, chunk: ChunkId) -> bool {
@@ -420,7 +458,16 @@ impl CsCore {
                 job.work.extend(ranges.into_iter().filter(|range| range.block_count > 0));
                 self.advance(now, chunk, out);
             }
+            // The chunk was created there.
+            Ok(CsReply::Done) => {
+                job.progress = now.mono;
+                self.advance(now, chunk, out);
+            }
             Ok(other) => self.next_source(now, chunk, Some(format!("it answered {other:?}")), out),
+            Err(CsError::NoSuchChunk(_)) => {
+                job.absent += 1;
+                self.next_source(now, chunk, Some("it has no such chunk".to_owned()), out);
+            }
             Err(CsError::VersionMismatch { .. }) => self.retry_source(now, chunk, "it is at another version"),
             Err(error) => self.next_source(now, chunk, Some(error.to_string()), out),
         }

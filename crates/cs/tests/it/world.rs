@@ -621,6 +621,7 @@ pub fn rebuild(node: usize, version: u64, since: u64, sources: &[usize]) -> CsOr
         volume: VOLUME,
         block_count: BLOCKS,
         sources: sources.iter().map(|source| (cs_of(*source), addr_of(*source))).collect(),
+        created: true,
     }
 }
 

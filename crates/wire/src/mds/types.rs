@@ -453,6 +453,9 @@ pub enum CsOrder {
         block_count: u32,
         /// Current replicas to copy from, nearest first, with their addresses.
         sources: Vec<(CsId, SocketAddr)>,
+        /// A copy is known to have existed. While it is not, and no source has one, the chunk was allocated and never
+        /// created.
+        created: bool,
     },
     /// Delete the copy: the chunk is gone or lives elsewhere. Only if the copy's version is at most `version`.
     Delete {
