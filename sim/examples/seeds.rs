@@ -18,7 +18,7 @@ fn main() {
     }
     let number = |at: usize| plain.get(at).and_then(|word| word.parse::<u64>().ok());
     let (first, count) = (number(0).unwrap_or(1), number(1).unwrap_or(1));
-    let options = Options { verbose: flag("--trace"), faultless: flag("--faultless") };
+    let options = Options { verbose: flag("--trace"), frames: flag("--frames"), faultless: flag("--faultless") };
     let begun = std::time::Instant::now();
     let mut found: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let (mut virtual_ns, mut steps) = (0u64, 0u64);

@@ -174,6 +174,11 @@ impl Network {
         Some((conn_id, to_acceptor, due))
     }
 
+    /// Who sends in a direction of a connection.
+    pub(crate) fn peer_of(&self, id: u64, to_acceptor: bool) -> Option<NodeIndex> {
+        self.conns.get(&id).map(|conn| conn.path(to_acceptor).0)
+    }
+
     /// The next frame of a direction, if it can be delivered now.
     pub(crate) fn pop_frame(&mut self, id: u64, to_acceptor: bool, now: u64) -> Option<(NodeIndex, LinkId, Frame)> {
         let (from, to) = self.conns.get(&id)?.path(to_acceptor);

@@ -10,6 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub struct Options {
     /// Print every event.
     pub verbose: bool,
+    /// Prints every frame delivered as well.
+    pub frames: bool,
     /// Inject no faults at all: what must work before anything else does.
     pub faultless: bool,
 }

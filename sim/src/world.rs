@@ -9,7 +9,7 @@ use cairn_env::{DiskDone, IoId};
 use cairn_env_sim::SimDisk;
 use cairn_stdx::{Rng, checksum::crc64};
 use cairn_types::{Instant, NodeId};
-use cairn_wire::{DiskIndex, Effects, Event, LinkId, NetEffect, NetEvent, Now, Process};
+use cairn_wire::{DiskIndex, Effects, Event, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -100,6 +100,8 @@ pub struct World {
     pub recent: VecDeque<String>,
     /// Print every event as it happens.
     pub verbose: bool,
+    /// Prints every frame delivered as well, but for those of Raft.
+    pub frames: bool,
     /// A process declared that it cannot go on: (node, why).
     pub fatal: Vec<(NodeIndex, String)>,
     effects: Effects,
@@ -124,6 +126,7 @@ impl World {
             steps: 0,
             recent: VecDeque::new(),
             verbose: false,
+            frames: false,
             fatal: Vec::new(),
             effects: Effects::default(),
         }
@@ -364,6 +367,11 @@ impl World {
 
     fn deliver_frame(&mut self, id: u64, to_acceptor: bool) {
         if let Some((node, link, frame)) = self.net.pop_frame(id, to_acceptor, self.now) {
+            if self.frames && !matches!(frame.kind, FrameKind::Raft) {
+                let from = self.net.peer_of(id, to_acceptor);
+                let what = cairn_wire::describe(&frame);
+                println!("{:>14.6} {from:?} -> {node:?} {what}", (self.now as f64) / SECOND as f64);
+            }
             self.deliver(node, Event::Net(NetEvent::Frame { link, frame }));
         }
     }

@@ -12,10 +12,12 @@
 pub mod auth;
 pub mod cs;
 pub mod data;
+mod describe;
 pub mod frame;
 pub mod mds;
 pub mod process;
 
+pub use describe::describe;
 pub use frame::{Frame, FrameError, FrameHeader, FrameKind, FrameReader};
 pub use process::{DiskIndex, Effects, Event, LinkId, NetEffect, NetEvent, Now, Process};
 

@@ -89,6 +89,7 @@ impl Scenario {
         let plan = Plan::draw(&mut rng.split(11), options.faultless);
         let mut cluster = Cluster::new(seed, plan.shape.clone(), rng.split(12));
         cluster.world.verbose = options.verbose;
+        cluster.world.frames = options.frames;
         cluster.world.net.slow_one_in = plan.slow_one_in;
         let loads = (0..plan.shape.clients as u64).map(|i| Load::new(rng.split(100 + i))).collect();
         let faults = Faults::new(rng.split(13), plan.shape.cs);

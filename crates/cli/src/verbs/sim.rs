@@ -14,6 +14,9 @@ pub struct SimArgs {
     /// Prints every event of the replay.
     #[arg(long, requires = "seed")]
     trace: bool,
+    /// Print every frame delivered as well, but for those of Raft.
+    #[arg(long)]
+    frames: bool,
     /// Runs so many fresh seeds.
     #[arg(long)]
     seeds: Option<u64>,
@@ -38,7 +41,10 @@ pub fn run(args: &SimArgs) -> Result<i32> {
         return cairn_sim::planted::prove(name).map_err(anyhow::Error::msg).map(i32::from);
     }
     if let Some(seed) = args.seed {
-        let outcome = cairn_sim::run::run(seed, &Options { verbose: args.trace, faultless: args.faultless });
+        let outcome = cairn_sim::run::run(
+            seed,
+            &Options { verbose: args.trace || args.frames, frames: args.frames, faultless: args.faultless },
+        );
         println!("{outcome}");
         return Ok(i32::from(outcome.is_broken()));
     }
