@@ -18,6 +18,7 @@ pub const PLANTED: &[(&str, Invariant)] = &[
     ("cs_rebuilt_before_last_block", Invariant::I3),
     ("cs_source_may_be_stale", Invariant::I3),
     ("cs_rebuild_loses_new_writes", Invariant::I3),
+    ("cs_late_write_overtakes", Invariant::I3),
     ("cs_mark_counts_undurable", Invariant::I1),
     ("cs_skip_epoch_check_on_unmap", Invariant::I5),
     ("cs_epoch_compared_loosely", Invariant::I5),

@@ -29,6 +29,9 @@ pub const REQUEST_MAX: Duration = Duration::from_secs(15);
 pub const UNSETTLED_MAX: usize = 16_384;
 /// Bytes of unsettled writes of one volume; beyond it writes wait for a flush.
 pub const UNSETTLED_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of unsettled writes of all volumes of a client: they are kept in memory to be sent again when a server
+/// restarts.
+pub const UNSETTLED_TOTAL_MAX: u64 = 256 << 20;
 /// Chunk map entries cached for one volume.
 pub const MAP_CACHE_MAX: usize = 65_536;
 /// Map entries fetched at once.

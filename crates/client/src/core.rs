@@ -17,7 +17,9 @@ use cairn_types::{BLOCK_SIZE, ClientId, ClusterId, Duration, Epoch, Instant, Vol
 use cairn_wire::data::DATA_BLOCKS_MAX;
 use cairn_wire::mds::{LeaseGrant, LeaseMode, MdsError, MdsReply, MdsRequest, Push};
 use cairn_wire::{Effects, Event, NetEvent, Now, Process};
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
 
 /// Called with the outcome of an open.
 pub type OpenDone = Box<dyn FnOnce(Result<VolumeHandle, OpenError>)>;
@@ -92,6 +94,8 @@ pub struct ClientCore {
     by_id: BTreeMap<VolumeId, u64>,
     done: Vec<Completion>,
     zeros: Buf,
+    /// Bytes of unsettled writes of all volumes.
+    unsettled: Rc<Cell<u64>>,
     release: VecDeque<u64>,
     known_client: Option<ClientId>,
     known_linked: bool,
@@ -119,6 +123,7 @@ impl ClientCore {
             by_id: BTreeMap::new(),
             done: Vec::new(),
             zeros: Buf::zeroed(DATA_BLOCKS_MAX as usize * BLOCK_SIZE),
+            unsettled: Rc::default(),
             release: VecDeque::new(),
             known_client: None,
             known_linked: false,
@@ -164,8 +169,8 @@ impl ClientCore {
     }
 
     /// What every volume waits for, in words; nothing of those at rest.
-    pub fn explain(&self, now: Instant) -> Vec<String> {
-        self.volumes.iter().flat_map(|(_, volume)| volume.explain(now, &self.servers)).collect()
+    pub fn explain(&self) -> Vec<String> {
+        self.volumes.iter().flat_map(|(_, volume)| volume.explain(&self.servers)).collect()
     }
 
     /// Volume, epoch and size of an open volume.
@@ -286,7 +291,7 @@ impl ClientCore {
             return;
         }
         let deadline = now.mono + self.config.open_deadline;
-        let key = self.volumes.insert(Box::new(Volume::new(id, mode, rule, deadline)));
+        let key = self.volumes.insert(Box::new(Volume::new(id, mode, rule, deadline, self.unsettled.clone())));
         self.by_id.insert(id, key);
         self.with_volume(now, out, key, |volume, ctx| {
             volume.set_key(key);
@@ -303,7 +308,7 @@ impl ClientCore {
             self.with_volume(now, out, old, |volume, ctx| volume.die(ctx, BlockError::Fenced));
         }
         let id = grant.volume;
-        let key = self.volumes.insert(Box::new(Volume::new(id, grant.mode, rule, now.mono)));
+        let key = self.volumes.insert(Box::new(Volume::new(id, grant.mode, rule, now.mono, self.unsettled.clone())));
         self.by_id.insert(id, key);
         self.with_volume(now, out, key, |volume, ctx| {
             volume.set_key(key);

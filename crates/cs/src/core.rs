@@ -137,6 +137,10 @@ impl Slab {
         self.slots.len() as u64 - 1
     }
 
+    fn iter(&self) -> impl Iterator<Item = &Pending> {
+        self.slots.iter().flatten()
+    }
+
     fn take(&mut self, token: u64) -> Pending {
         let pending = self.slots[token as usize].take().expect("the store answers each token once");
         self.free.push(token as u32);

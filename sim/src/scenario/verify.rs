@@ -217,9 +217,8 @@ impl Scenario {
                 lines.push(format!("{} {} min {}: {:?}", entry.chunk, entry.version, entry.minimum, entry.replicas));
             }
         }
-        let now = self.cluster.world.now();
         for (index, node) in self.cluster.clients.clone().into_iter().enumerate() {
-            let waits = self.cluster.world.inspect::<ClientCore, _>(node, |core| core.explain(Instant(now)));
+            let waits = self.cluster.world.inspect::<ClientCore, _>(node, |core| core.explain());
             lines.extend(waits.unwrap_or_default().into_iter().map(|line| format!("client {index}: {line}")));
         }
         lines.join("\n")

@@ -4,27 +4,25 @@ use super::ops::Kind;
 use super::write::Body;
 use super::{Fence, State, Volume};
 use crate::servers::Servers;
-use cairn_types::Instant;
 
 impl Volume {
     /// Lines that say why operations of this volume have not ended yet; none when it is at rest.
-    pub(crate) fn explain(&self, now: Instant, servers: &Servers) -> Vec<String> {
+    pub(crate) fn explain(&self, servers: &Servers) -> Vec<String> {
         if self.is_settled() && self.state == State::Open && !self.paused {
             return Vec::new();
         }
         let (unsettled, bytes) = self.tracker.load();
         let mut lines = vec![format!(
-            "{} {}: {:?}{}, {} operations, {} parts ({} under way), {unsettled} unsettled writes ({bytes} bytes) from {}, \
-             {} held, {} throttled, {} settles unanswered{}",
+            "{} {}: {:?}{}, {} operations, {} parts, {unsettled} unsettled writes ({bytes} bytes) from {}, {} held, \
+             {} throttled, {} settles unanswered{}",
             self.id,
             self.epoch,
             self.state,
             if self.paused { ", paused" } else { "" },
             self.ops.len(),
             self.parts.keys().len(),
-            self.started,
             self.tracker.settled() + 1,
-            self.held_parts.len() + self.held_ops.len(),
+            self.held_ops.len(),
             self.throttled.len(),
             self.settles_unanswered,
             self.reconcile.as_ref().map(|r| format!(", reconciling: {}", r.explain())).unwrap_or_default(),
@@ -35,13 +33,9 @@ impl Volume {
             let known = if server.fence == Fence::Yes { "fenced" } else { "not fenced" };
             let excused = if server.excused { ", excused" } else { "" };
             let failing = if server.failing { ", being reported as failed" } else { "" };
-            let doubted = server
-                .doubted
-                .map(|since| format!(", alone with unflushed data for {:?}", now.saturating_since(since)));
             lines.push(format!(
-                "  slot {slot} {}: {known}{excused}{failing}{}, {} chunks wait; {}",
+                "  slot {slot} {}: {known}{excused}{failing}, {} chunks wait; {}",
                 server.cs,
-                doubted.unwrap_or_default(),
                 server.chunks.len(),
                 servers.explain(server.number)
             ));
@@ -77,7 +71,7 @@ impl Volume {
                 part.index,
                 part.first,
                 part.count,
-                if part.started { ", under way" } else { "" }
+                if part.revived { ", sent again" } else { "" }
             ));
         }
         for index in &self.chunk_order {

@@ -12,10 +12,6 @@ use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 use std::collections::BTreeSet;
 
 const LATER: Duration = Duration::from_secs(1);
-/// So long a server is waited for that alone may hold unflushed writes, because all others lost power in the same
-/// moment.
-const LAST_GOOD_PATIENCE: Duration = Duration::from_secs(30);
-
 impl Volume {
     fn slot_by_number(&self, number: u32) -> Option<u16> {
         self.servers.iter().position(|server| server.number == number).map(|slot| slot as u16)
@@ -34,7 +30,6 @@ impl Volume {
                 let server = self.server_mut(slot);
                 if server.fence == Fence::Yes {
                     server.excused = false;
-                    server.doubted = None;
                     if std::mem::replace(&mut server.boot, boot) != boot {
                         self.on_restarted(ctx, slot);
                     }
@@ -45,26 +40,27 @@ impl Volume {
         self.pump(ctx);
     }
 
-    /// The server runs anew: what it had not flushed may be gone (rule 7).
+    /// The server runs anew: what it had not flushed may be gone, so every unsettled write it had is sent to it again
+    /// (rule 7).
     fn on_restarted(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
         // It may have forgotten the settled mark, which is no loss but work for the next holder: tell it again.
         self.server_mut(slot).told = 0;
-        // Writes under way that it had answered may be gone too: they are simply sent again.
-        for id in self.forget_answers(slot) {
-            self.send_unsent(ctx, id);
+        self.tracker.restarted(slot);
+        let mut chunks = self.forget_answers(slot);
+        let kept = self.tracker.kept_on(slot);
+        if !kept.is_empty() {
+            let cs = self.server(slot).cs;
+            ctx.log(format!("{cs} restarted: {} unsettled writes of {} are sent to it again", kept.len(), self.id));
         }
-        if !self.tracker.may_have_lost(slot) {
-            self.tracker.restarted(slot);
-            return;
-        }
-        ctx.log(format!("{} restarted with unsettled writes of {}: reconciling", self.server(slot).cs, self.id));
-        self.tracker.freeze(slot);
-        self.hold_flushes(ctx, slot);
-        self.begin_reconcile(ctx);
-        // What it was asked to read before it died it would answer from what the power cut left: ask after the
-        // reconciliation.
+        chunks.append(&mut self.revive(kept, Some(slot)));
+        // What it was asked to read before it died it would answer from what the power cut left.
         self.move_reads(ctx, slot);
-        self.skip_internal_flush(ctx, slot);
+        chunks.sort_unstable();
+        chunks.dedup();
+        for index in chunks {
+            self.drive(ctx, index);
+        }
+        self.abort_reconcile(ctx);
     }
 
     fn on_unreachable(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
@@ -105,38 +101,12 @@ impl Volume {
         if self.server(slot).failing {
             return;
         }
-        if self.is_last_good(slot) {
-            let (now, cs) = (ctx.io.now, self.server(slot).cs);
-            let since = *self.server_mut(slot).doubted.get_or_insert(now);
-            let waited = now.saturating_since(since);
-            if waited < LAST_GOOD_PATIENCE {
-                if waited.is_zero() {
-                    ctx.log(format!("{cs} alone holds unflushed writes of {}: waiting for it to come back", self.id));
-                }
-                return;
-            }
-            ctx.log(format!("{cs} did not come back: unflushed writes of {} that it alone held are lost", self.id));
-        }
         let server = self.server_mut(slot);
         server.failing = true;
         let cs = server.cs;
         ctx.log(format!("{cs} failed for {}: asking to go on without it", self.id));
         let request = MdsRequest::ReplicaFailed { volume: self.id, epoch: self.epoch, cs, chunks: Vec::new() };
         ctx.call(request, self.waiter(VolumeCall::Failed { slot, index: None }));
-    }
-
-    /// True when the other current replicas of a chunk restarted and are not reconciled yet, so that without this
-    /// server unflushed writes would be gone that it may still have.
-    fn is_last_good(&self, slot: u16) -> bool {
-        !self.tracker.is_frozen(slot)
-            && self.chunks.values().filter(|chunk| chunk.unsettled > 0).filter_map(|chunk| chunk.entry.as_ref()).any(
-                |entry| {
-                    let mut others = entry.current().filter(|other| *other != slot).peekable();
-                    entry.current().any(|mine| mine == slot)
-                        && others.peek().is_some()
-                        && others.all(|other| self.tracker.is_frozen(other))
-                },
-            )
     }
 
     /// Takes one copy out: it is stale, lost or damaged.

@@ -1,13 +1,12 @@
 //! Flushes and settling (rules 5 and 6).
 //!
-//! A flush asks every server that holds unsettled writes and is not known to be clean, and ends when all have answered.
-//! A server that failed is waited for until its chunks are raised without it; one that restarted until it is
-//! reconciled, since what it would flush after the restart is not what it had acknowledged before.
+//! A flush ends when every write acknowledged before it is durable on all its servers, by the marks they report. A server
+//! that failed is waited for until its chunks are raised without it; one that restarted until it was sent again what it
+//! may have lost.
 
 use super::ops::{Done, Kind};
-use super::tracker::Tracker;
 use super::{Fence, State, Volume};
-use crate::config::{UNSETTLED_BYTES_MAX, UNSETTLED_MAX};
+use crate::config::{UNSETTLED_BYTES_MAX, UNSETTLED_MAX, UNSETTLED_TOTAL_MAX};
 use crate::io::Ctx;
 use crate::servers::{CallFor, Owner};
 use crate::timers::Timer;
@@ -19,12 +18,6 @@ use cairn_wire::data::{DataOp, DataReply, DataStatus};
 /// Without traffic for this long everything unsettled is flushed and settled.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 const AGAIN_AFTER: Duration = Duration::from_millis(250);
-
-/// True when throttled writes may go on.
-pub(super) fn has_room(tracker: &Tracker) -> bool {
-    let (count, bytes) = tracker.load();
-    count < UNSETTLED_MAX && bytes < UNSETTLED_BYTES_MAX
-}
 
 impl Volume {
     /// A flush of our own.
@@ -47,22 +40,26 @@ impl Volume {
     }
 
     pub(super) fn start_flush(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        let last = self.tracker.last();
-        let forced = self.ops[&id].internal;
-        let asked: Vec<u16> = self
-            .all_slots()
-            .filter(|slot| {
-                let server = self.server(*slot);
-                (!self.tracker.is_clean(*slot) && self.tracker.needs(*slot, last))
-                    || (forced && server.fence == Fence::Yes && !server.excused && server.tail > 0)
-            })
-            .collect();
+        let upto = self.tracker.last();
         let op = self.ops.get_mut(&id).expect("the caller holds it");
-        if asked.is_empty() {
-            self.finish_op(ctx, id, Ok(BlockReply::Done));
+        op.kind = Kind::Flush { waiting: Vec::new(), upto };
+        self.check_flush(ctx, id);
+    }
+
+    /// Asks every server that something acknowledged is not durable on; ends the flush when there is none. What is being
+    /// sent again is waited for.
+    fn check_flush(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let Some(Kind::Flush { waiting, upto }) = self.ops.get(&id).map(|op| &op.kind) else { return };
+        let (slots, revived) = self.tracker.undurable(*upto);
+        if slots.as_slice().is_empty() {
+            if !revived {
+                self.finish_op(ctx, id, Ok(BlockReply::Done));
+            }
             return;
         }
-        op.kind = Kind::Flush { waiting: asked.clone(), upto: last };
+        let asked: Vec<u16> = slots.as_slice().iter().copied().filter(|slot| !waiting.contains(slot)).collect();
+        let Some(Kind::Flush { waiting, .. }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
+        waiting.extend(&asked);
         for slot in asked {
             self.send_flush(ctx, id, slot);
         }
@@ -77,40 +74,33 @@ impl Volume {
     pub(super) fn on_flushed(&mut self, ctx: &mut Ctx<'_>, id: u64, slot: u16, reply: &DataReply) {
         self.note_durable(ctx, slot, reply);
         match reply.status {
-            DataStatus::Ok if self.tracker.is_frozen(slot) && !self.ops.get(&id).is_some_and(|op| op.internal) => {}
-            DataStatus::Ok => self.flushed(ctx, id, slot),
-            DataStatus::StaleEpoch => self.die(ctx, BlockError::Fenced),
-            status => {
-                match status {
-                    DataStatus::NotFenced => {
-                        self.server_mut(slot).fence = Fence::No;
-                        self.ask_fence(ctx, slot);
-                    }
-                    DataStatus::DiskFailed => self.fail_server(ctx, slot),
-                    _ => {}
-                }
-                ctx.io.timers.after(ctx.io.now, AGAIN_AFTER, Timer::Flush(self.key, id));
+            DataStatus::Ok => {}
+            DataStatus::StaleEpoch => return self.die(ctx, BlockError::Fenced),
+            DataStatus::NotFenced => {
+                self.server_mut(slot).fence = Fence::No;
+                self.ask_fence(ctx, slot);
             }
+            DataStatus::DiskFailed => self.fail_server(ctx, slot),
+            _ => {}
         }
-    }
-
-    fn flushed(&mut self, ctx: &mut Ctx<'_>, id: u64, slot: u16) {
-        let Some(op) = self.ops.get_mut(&id) else { return };
-        let Kind::Flush { waiting, .. } = &mut op.kind else { return };
+        let Some(Kind::Flush { waiting, upto }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
+        if self.tracker.undurable(*upto).0.contains(slot) {
+            // It could not, or what it lacks is still on the way to it.
+            ctx.io.timers.after(ctx.io.now, AGAIN_AFTER, Timer::Flush(self.key, id));
+            return;
+        }
         waiting.retain(|other| *other != slot);
-        if waiting.is_empty() {
-            self.finish_op(ctx, id, Ok(BlockReply::Done));
-        }
+        self.check_flush(ctx, id);
     }
 
     /// Time to ask again.
     pub(crate) fn on_flush_timer(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        let Some(Kind::Flush { waiting, .. }) = self.ops.get(&id).map(|op| &op.kind) else { return };
-        for slot in waiting.clone() {
+        let Some(Kind::Flush { waiting, .. }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
+        for slot in std::mem::take(waiting) {
             let (key, number) = (self.key, self.server(slot).number);
             ctx.servers.cancel(number, |o| matches!(o, Owner::Flush { volume, op, .. } if *volume == key && *op == id));
-            self.send_flush(ctx, id, slot);
         }
+        self.check_flush(ctx, id);
         self.pump(ctx);
     }
 
@@ -121,40 +111,40 @@ impl Volume {
         ids
     }
 
-    /// Servers that failed may be needed by no unsettled write any more: flushes go on without them. Those still needed
-    /// are asked again when `resend` names them.
-    pub(super) fn recheck_flushes(&mut self, ctx: &mut Ctx<'_>, resend: Option<u16>) {
+    /// Something changed that flushes wait for. With `lost`, what was asked of that server was thrown away.
+    pub(super) fn recheck_flushes(&mut self, ctx: &mut Ctx<'_>, lost: Option<u16>) {
         for id in self.flush_ops() {
-            let Some(Kind::Flush { waiting, upto }) = self.ops.get(&id).map(|op| &op.kind) else { continue };
-            let (waiting, upto) = (waiting.clone(), *upto);
-            for slot in waiting {
-                if self.server(slot).excused && !self.tracker.needs(slot, upto) {
-                    self.flushed(ctx, id, slot);
-                } else if resend == Some(slot) {
-                    self.send_flush(ctx, id, slot);
-                }
+            if let Some(Kind::Flush { waiting, .. }) = self.ops.get_mut(&id).map(|op| &mut op.kind) {
+                waiting.retain(|slot| Some(*slot) != lost);
             }
+            self.check_flush(ctx, id);
         }
     }
 
-    /// Flushes wait for the reconciliation of a restarted server and ask it afterwards.
-    pub(super) fn hold_flushes(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
-        let (key, number) = (self.key, self.server(slot).number);
-        ctx.servers.cancel(number, |owner| matches!(owner, Owner::Flush { volume, .. } if *volume == key));
+    // How much may be unsettled.
+
+    /// True when more writes may be taken.
+    pub(super) fn has_room(&self) -> bool {
+        let (count, bytes) = self.tracker.load();
+        count < UNSETTLED_MAX && bytes < UNSETTLED_BYTES_MAX && self.budget.get() < UNSETTLED_TOTAL_MAX
     }
 
-    /// The flush of a reconciliation that will be followed by another does not wait for the server that restarted.
-    pub(super) fn skip_internal_flush(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
-        for id in self.flush_ops() {
-            if self.ops.get(&id).is_some_and(|op| op.internal) {
-                self.flushed(ctx, id, slot);
-            }
-        }
+    /// True when it is time to settle.
+    pub(super) fn is_filling(&self) -> bool {
+        let (count, bytes) = self.tracker.load();
+        count >= UNSETTLED_MAX / 2 || bytes >= UNSETTLED_BYTES_MAX / 2 || self.budget.get() >= UNSETTLED_TOTAL_MAX / 2
+    }
+
+    /// Brings the sum over all volumes up to date.
+    pub(super) fn tell_load(&mut self) {
+        let bytes = self.tracker.load().1;
+        self.budget.set(self.budget.get() - self.budgeted + bytes);
+        self.budgeted = bytes;
     }
 
     /// Upkeep of a volume without traffic.
     pub(super) fn settle_if_idle(&mut self, ctx: &mut Ctx<'_>) {
-        if self.state != State::Open || self.paused || ctx.io.now.saturating_since(self.last_traffic) < IDLE_AFTER {
+        if self.state != State::Open || ctx.io.now.saturating_since(self.last_traffic) < IDLE_AFTER {
             return;
         }
         if self.tracker.load().0 > 0 {

@@ -90,6 +90,8 @@ pub(super) struct Chunk {
     pub active: u32,
     /// Unsettled writes.
     pub unsettled: u32,
+    /// Acknowledged writes that are being sent again: reads wait for them.
+    pub revived: u32,
     used: bool,
 }
 
@@ -122,7 +124,11 @@ impl Chunk {
             format!("{} {} min {} [{}]", entry.chunk, entry.version, entry.minimum, reps.join(", "))
         });
         let (waiting, active, unsettled) = (self.waiting.len(), self.active, self.unsettled);
-        format!("{entry}: {}; {waiting} parts wait, {active} pins, {unsettled} unsettled", words.join(", "))
+        let revived = self.revived;
+        format!(
+            "{entry}: {}; {waiting} parts wait, {active} pins, {unsettled} unsettled, {revived} sent again",
+            words.join(", ")
+        )
     }
 }
 
@@ -160,6 +166,7 @@ impl Volume {
 
     /// The chunks `first..end` do not exist any more. `holes`: they are known to be holes now.
     pub(super) fn forget_chunks(&mut self, first: u64, end: u64, holes: bool) {
+        self.drop_revived(first, end);
         self.tracker.drop_chunks(first, end);
         let mut order = std::mem::take(&mut self.chunk_order);
         for index in order.iter().filter(|index| (first..end).contains(*index)) {
@@ -223,22 +230,12 @@ impl Volume {
         chunk.round = chunk.round.wrapping_add(1);
         chunk.calls = 0;
         chunk.raise |= !first && (chunk.active > 0 || chunk.unsettled > 0);
-        let joined: Vec<Rep> = if chunk.unsettled > 0 && !first {
-            news.reps.iter().filter(|rep| rep.current).copied().collect()
-        } else {
-            Vec::new()
-        };
+        let since = news.reps.iter().filter(|rep| rep.current).map(|rep| rep.since.0).max();
+        let unsettled = chunk.unsettled > 0 && !first;
         chunk.entry = Some(news);
-        let mut reconcile = false;
-        for rep in joined {
-            if self.tracker.joined(index, rep.slot, rep.since.0) {
-                self.tracker.freeze(rep.slot);
-                reconcile = true;
-            }
-        }
-        if reconcile {
-            ctx.log(format!("chunk {index} of {} has a new replica and unsettled writes: reconciling", self.id));
-            self.begin_reconcile(ctx);
+        if let Some(since) = since.filter(|_| unsettled) {
+            let kept = self.tracker.kept_before(index, since);
+            self.revive(kept, None);
         }
     }
 
@@ -516,6 +513,7 @@ impl Volume {
             // Dropped behind our back: a truncation we have not been told of yet.
             chunk.entry = None;
             chunk.ready = false;
+            self.drop_revived(index, index + 1);
             self.tracker.drop_chunks(index, index + 1);
         }
         let unchanged = again && found && self.chunk(index).entry.as_ref().map(|entry| entry.version) == before;

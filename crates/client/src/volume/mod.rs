@@ -34,7 +34,9 @@ use map::Chunk;
 pub(crate) use ops::Done;
 use ops::Op;
 use reconcile::Reconcile;
+use std::cell::Cell;
 use std::collections::VecDeque;
+use std::rc::Rc;
 use tracker::Tracker;
 use write::Part;
 
@@ -73,8 +75,6 @@ struct VolServer {
     /// The metadata servers have been told that it failed; reads and fences need not wait for it.
     excused: bool,
     failing: bool,
-    /// Unreachable since then, and waited for because it alone may hold unflushed writes.
-    doubted: Option<Instant>,
     /// Chunks to look at again once it is fenced.
     chunks: Vec<u64>,
     /// The settled mark it was last told.
@@ -118,16 +118,13 @@ pub(crate) struct Volume {
     /// Called when the lease was given back.
     pub(crate) released: Vec<Box<dyn FnOnce()>>,
 
-    /// New parts wait: the volume is not ready, or is being reconciled.
+    /// New operations wait: the volume is not ready.
     paused: bool,
-    held_parts: VecDeque<u64>,
     held_ops: VecDeque<u64>,
     ops: FixedMap<u64, Op>,
     next_op: u64,
     ready_ops: Vec<u64>,
     parts: Slab<Part>,
-    /// Parts under way that are not of the reconciliation.
-    started: u32,
     locks: RangeLocks,
 
     chunks: FixedMap<u64, Chunk>,
@@ -145,6 +142,9 @@ pub(crate) struct Volume {
     slots: FixedMap<u64, u16>,
     read_cursor: usize,
     tracker: Tracker,
+    /// Unsettled bytes of all volumes of the client, and our share in it.
+    budget: Rc<Cell<u64>>,
+    budgeted: u64,
     throttled: VecDeque<u64>,
     settling: bool,
     last_traffic: Instant,
@@ -158,7 +158,7 @@ pub(crate) struct Volume {
 
 impl Volume {
     /// A volume whose lease is still to be asked for.
-    pub(crate) fn new(id: VolumeId, mode: LeaseMode, rule: SizeRule, deadline: Instant) -> Self {
+    pub(crate) fn new(id: VolumeId, mode: LeaseMode, rule: SizeRule, deadline: Instant, budget: Rc<Cell<u64>>) -> Self {
         Self {
             key: 0,
             id,
@@ -175,13 +175,11 @@ impl Volume {
             release_wanted: false,
             released: Vec::new(),
             paused: true,
-            held_parts: VecDeque::new(),
             held_ops: VecDeque::new(),
             ops: FixedMap::default(),
             next_op: 1,
             ready_ops: Vec::new(),
             parts: Slab::default(),
-            started: 0,
             locks: RangeLocks::default(),
             chunks: FixedMap::default(),
             chunk_order: VecDeque::new(),
@@ -194,6 +192,8 @@ impl Volume {
             slots: FixedMap::default(),
             read_cursor: 0,
             tracker: Tracker::new(1),
+            budget,
+            budgeted: 0,
             throttled: VecDeque::new(),
             settling: false,
             last_traffic: Instant(0),
@@ -345,7 +345,6 @@ impl Volume {
             tail: 0,
             excused: false,
             failing: false,
-            doubted: None,
             chunks: Vec::new(),
             told: 0,
         });
@@ -426,7 +425,7 @@ impl Volume {
 
     fn finish_open(&mut self, ctx: &mut Ctx<'_>) {
         self.state = State::Open;
-        self.tracker.acknowledge(self.opening_sequence);
+        self.tracker.acknowledge(self.opening_sequence, None);
         self.advance(ctx);
         self.answer_openers(ctx);
         self.unpause(ctx);
@@ -434,9 +433,6 @@ impl Volume {
 
     fn unpause(&mut self, ctx: &mut Ctx<'_>) {
         self.paused = false;
-        for part in std::mem::take(&mut self.held_parts) {
-            self.start_part(ctx, part);
-        }
         for op in std::mem::take(&mut self.held_ops) {
             self.start_op(ctx, op);
         }
@@ -511,16 +507,15 @@ impl Volume {
             op.done.finish(ctx, Err(error.clone()));
         }
         self.parts = Slab::default();
-        self.started = 0;
         self.locks = RangeLocks::default();
         self.chunks.clear();
         self.chunk_order.clear();
-        self.held_parts.clear();
         self.held_ops.clear();
         self.throttled.clear();
         self.ready_ops.clear();
         self.reconcile = None;
         self.tracker = Tracker::new(self.tracker.last() + 1);
+        self.tell_load();
         self.settles_unanswered = 0;
     }
 
@@ -582,12 +577,16 @@ impl Volume {
         self.ticking = false;
         if self.death().is_none() {
             self.settle_if_idle(ctx);
+            self.advance(ctx);
             self.pump(ctx);
         }
     }
 
     fn arm_tick(&mut self, ctx: &mut Ctx<'_>) {
-        if !self.ticking && self.state == State::Open && (self.tracker.load().0 > 0 || self.has_marks_to_tell()) {
+        if !self.ticking
+            && self.state == State::Open
+            && (self.tracker.load().0 > 0 || self.has_marks_to_tell() || !self.throttled.is_empty())
+        {
             self.ticking = true;
             ctx.io.timers.after(ctx.io.now, TICK, Timer::Volume(self.key));
         }
@@ -615,7 +614,6 @@ impl Volume {
                 self.start_op(ctx, op);
             }
         }
-        self.check_drained(ctx);
         self.send_allocations(ctx);
         self.arm_tick(ctx);
     }

@@ -317,7 +317,7 @@ impl Volume {
         let internal = op.internal;
         let (index, first, count) = cut;
         self.chunk(index).active += 1;
-        let part = self.parts.insert(Part { op: id, index, first, count, internal, started: false, body });
+        let part = self.parts.insert(Part { op: id, index, first, count, internal, revived: false, body });
         self.start_part(ctx, part);
     }
 
@@ -388,9 +388,6 @@ impl Volume {
     /// A part has ended.
     pub(super) fn finish_part(&mut self, ctx: &mut Ctx<'_>, part: u64, result: Result<Option<Buf>, BlockError>) {
         let Some(part) = self.parts.remove(part) else { return };
-        if part.started && !part.internal {
-            self.started -= 1;
-        }
         let chunk = self.chunks.get_mut(&part.index).expect("a part pins its chunk");
         chunk.active -= 1;
         let error = match result {

@@ -55,7 +55,6 @@ impl Volume {
 
     /// The chunk is ready: asks a replica.
     pub(super) fn start_read(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        self.mark_started(id);
         let fresh = ctx.session.is_fresh(ctx.io.now);
         let Some((read, index, first, count)) = self.read_part(id) else { return };
         read.attempt += 1;
@@ -396,7 +395,6 @@ impl Volume {
     // Extents.
 
     pub(super) fn start_extents(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        self.mark_started(id);
         let Some(Part { body: Body::Extents { next, tried }, index, first, count, .. }) = self.parts.get(id) else {
             return;
         };

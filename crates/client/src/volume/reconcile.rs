@@ -1,10 +1,10 @@
-//! Making replicas equal again (rules 7 and 8): after a lease was taken over uncleanly, and after a server restarted.
+//! Making replicas equal before a lease that was taken over is used (rule 8).
 //!
-//! Stages: *drain* what is under way; ask the servers for their *tails*; find the chunks the tails name in the *map*;
+//! Stages: ask the servers for their *tails*; find the chunks the tails name in the *map*;
 //! *prepare* them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of
 //! the current replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only
-//! then the settled mark moves and the volume goes on. Should anything fail on the way it begins again: every step can
-//! be repeated.
+//! then the settled mark moves and the volume opens. Should anything fail on the way, or a server restart, it begins
+//! again: every step can be repeated.
 
 use super::map::Entry;
 use super::ops::{Done, Kind};
@@ -30,7 +30,6 @@ const AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
-    Drain,
     Tails,
     Map,
     Prepare,
@@ -61,9 +60,8 @@ pub(super) struct Reconcile {
     copies: VecDeque<Copy>,
     under_way: u32,
     failed: bool,
-    /// Another server restarted meanwhile.
+    /// A server restarted meanwhile.
     again: bool,
-    upto: u64,
 }
 
 impl Reconcile {
@@ -170,16 +168,19 @@ fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)]) -> Vec<Copy> {
 }
 
 impl Volume {
-    /// Pauses the volume and begins, or has the present reconciliation followed by another.
+    /// Begins: asks every server for its tail.
     pub(super) fn begin_reconcile(&mut self, ctx: &mut Ctx<'_>) {
-        self.paused = true;
-        if self.reconcile.is_some() {
-            self.abort_reconcile(ctx);
-            return;
-        }
+        assert!(
+            self.state == State::Fencing && self.reconcile.is_none(),
+            "before the volume is used, and once at a time"
+        );
+        let slots: Vec<u16> = self
+            .all_slots()
+            .filter(|slot| self.server(*slot).fence == Fence::Yes && !self.server(*slot).excused)
+            .collect();
         self.reconcile = Some(Reconcile {
-            stage: Stage::Drain,
-            asked: BTreeSet::new(),
+            stage: Stage::Tails,
+            asked: slots.iter().copied().collect(),
             tails: BTreeMap::new(),
             unresolved: BTreeSet::new(),
             chunks: BTreeMap::new(),
@@ -188,19 +189,23 @@ impl Volume {
             under_way: 0,
             failed: false,
             again: false,
-            upto: 0,
         });
-        self.check_drained(ctx);
+        if slots.is_empty() {
+            self.resolve(ctx);
+        }
+        for slot in slots {
+            self.ask_tail(ctx, slot, 0);
+        }
     }
 
     /// A server restarted in the middle: what its tail said is not true any more. Nothing is copied by the old plan;
     /// copies already read are written out, then all begins anew.
-    fn abort_reconcile(&mut self, ctx: &mut Ctx<'_>) {
+    pub(super) fn abort_reconcile(&mut self, ctx: &mut Ctx<'_>) {
         let reading = self.reading_copies();
         let Some(reconcile) = &mut self.reconcile else { return };
-        reconcile.again = true;
         match reconcile.stage {
-            Stage::Drain | Stage::Again | Stage::Flush => {}
+            Stage::Again => {}
+            Stage::Flush => reconcile.again = true,
             Stage::Tails | Stage::Map | Stage::Prepare => self.reconcile_again(ctx),
             Stage::Copy => {
                 reconcile.failed = true;
@@ -209,30 +214,6 @@ impl Volume {
                     self.abandon_copy(ctx, op);
                 }
             }
-        }
-    }
-
-    /// Goes on when nothing is under way any more.
-    pub(super) fn check_drained(&mut self, ctx: &mut Ctx<'_>) {
-        if self.started > 0 || !matches!(&self.reconcile, Some(r) if r.stage == Stage::Drain) {
-            return;
-        }
-        let slots: Vec<u16> = self
-            .all_slots()
-            .filter(|slot| self.server(*slot).fence == Fence::Yes && !self.server(*slot).excused)
-            .collect();
-        let upto = self.tracker.last();
-        let reconcile = self.reconcile.as_mut().expect("just seen");
-        reconcile.stage = Stage::Tails;
-        // Every restart until here is covered by the tails asked for now.
-        reconcile.again = false;
-        reconcile.upto = upto;
-        reconcile.asked = slots.iter().copied().collect();
-        if slots.is_empty() {
-            self.resolve(ctx);
-        }
-        for slot in slots {
-            self.ask_tail(ctx, slot, 0);
         }
     }
 
@@ -281,17 +262,7 @@ impl Volume {
 
     /// All tails are here: finds the chunks they name.
     fn resolve(&mut self, ctx: &mut Ctx<'_>) {
-        let (epoch, settled) = (self.epoch, self.tracker.settled());
-        let opening = self.state == State::Fencing;
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
-        // What is settled may linger in tails, or come back into one with a power cut; it is equal everywhere. Within
-        // our own lease that is everything of older epochs too: keeping an old write of a block while dropping
-        // the newer one that settled would roll the block back.
-        if !opening {
-            for tail in reconcile.tails.values_mut() {
-                tail.retain(|entry| (entry.epoch, entry.sequence) > (epoch, Sequence(settled)));
-            }
-        }
         reconcile.unresolved = reconcile.tails.values().flatten().map(|entry| entry.chunk).collect();
         let mut indexes: Vec<u64> = self.chunk_order.iter().copied().collect();
         indexes.sort_unstable();
@@ -302,10 +273,6 @@ impl Volume {
             }
         }
         reconcile.stage = Stage::Map;
-        if !opening {
-            // Within our own lease every unsettled write keeps its chunk in the cache: what is not there was dropped.
-            reconcile.unresolved.clear();
-        }
         self.pin_chunks(1);
         self.read_map(ctx, 0);
     }
@@ -492,16 +459,7 @@ impl Volume {
             self.begin_reconcile(ctx);
             return;
         }
-        self.tracker.thaw(reconcile.upto);
-        self.advance(ctx);
-        if self.state == State::Fencing {
-            self.finish_open(ctx);
-        } else {
-            self.unpause(ctx);
-        }
-        for slot in self.all_slots() {
-            self.recheck_flushes(ctx, Some(slot));
-        }
+        self.finish_open(ctx);
         self.send_settled(ctx);
     }
 }

@@ -5,10 +5,15 @@
 //! durable mark is the *latest* it reported, not the highest: it falls when a write arrives late, and only the latest
 //! is true of what has been received until now.
 //!
+//! An acknowledged write is *kept*, with its data, until it is settled: when one of its servers restarts, or a copy joins
+//! that may lack it, the write is sent again under its old sequence ([`Tracker::revive`]). So nothing acknowledged is
+//! lost while its client lives, even when every server loses power at once, and a flush keeps its promise.
+//!
 //! A server stays in the set of a write until the write is known to stand in a version without it (the chunk was raised
 //! on all others): dropping it earlier would let `S` pass a write that a stale copy lacks and a later resync would not
 //! copy.
 
+use super::write::Part;
 use std::collections::VecDeque;
 
 /// Most replicas of a chunk (R0114).
@@ -57,6 +62,10 @@ struct Entry {
     index: u64,
     bytes: u32,
     acknowledged: bool,
+    /// It was acknowledged before, and is being sent again.
+    revived: bool,
+    /// What to send again, while it is acknowledged.
+    kept: Option<Box<Part>>,
     /// Version of the chunk in which it was last sent.
     version: u64,
 }
@@ -65,7 +74,6 @@ struct Entry {
 struct Mark {
     durable: u64,
     sent: u64,
-    frozen: bool,
 }
 
 /// The unsettled writes of one epoch.
@@ -93,7 +101,9 @@ impl Tracker {
 
     /// Numbers a new write to chunk `index`.
     pub(crate) fn issue(&mut self, index: u64, bytes: u32) -> u64 {
-        self.entries.push_back(Entry { servers: SlotSet::default(), index, bytes, acknowledged: false, version: 0 });
+        let servers = SlotSet::default();
+        let entry = Entry { servers, index, bytes, acknowledged: false, revived: false, kept: None, version: 0 };
+        self.entries.push_back(entry);
         self.bytes += u64::from(bytes);
         self.last()
     }
@@ -126,9 +136,51 @@ impl Tracker {
         mark.sent = mark.sent.max(sequence);
     }
 
-    /// Every replica of the set in force has write `sequence`.
-    pub(crate) fn acknowledge(&mut self, sequence: u64) {
-        self.entry(sequence).expect("an unacknowledged write is not settled").acknowledged = true;
+    /// Every replica of the set in force has write `sequence`; `kept` can be sent again.
+    pub(crate) fn acknowledge(&mut self, sequence: u64, kept: Option<Box<Part>>) {
+        let entry = self.entry(sequence).expect("an unacknowledged write is not settled");
+        entry.acknowledged = true;
+        entry.revived = false;
+        entry.kept = kept;
+    }
+
+    /// Takes a write out that is to be sent again; it is unacknowledged from here on, but still counts for flushes.
+    pub(crate) fn revive(&mut self, sequence: u64) -> Option<Box<Part>> {
+        let entry = self.entry(sequence)?;
+        let kept = entry.kept.take()?;
+        entry.acknowledged = false;
+        entry.revived = true;
+        Some(kept)
+    }
+
+    /// Acknowledged writes that need the server in `slot`, in order.
+    pub(crate) fn kept_on(&self, slot: u16) -> Vec<u64> {
+        let wanted = |entry: &Entry| entry.acknowledged && entry.servers.contains(slot);
+        self.entries.iter().zip(self.base..).filter(|(entry, _)| wanted(entry)).map(|(_, sequence)| sequence).collect()
+    }
+
+    /// Acknowledged writes to chunk `index` of versions before `since`, in order. A copy that joined with that version
+    /// has what they wrote, but not in its tail, so a later version change would not mark them there.
+    pub(crate) fn kept_before(&self, index: u64, since: u64) -> Vec<u64> {
+        let wanted = |entry: &Entry| {
+            entry.index == index && entry.acknowledged && entry.version < since && !entry.servers.as_slice().is_empty()
+        };
+        self.entries.iter().zip(self.base..).filter(|(entry, _)| wanted(entry)).map(|(_, sequence)| sequence).collect()
+    }
+
+    /// What a flush of everything up to `sequence` still waits for: servers whose mark is too low for an acknowledged
+    /// write, and whether a write is being sent again.
+    pub(crate) fn undurable(&self, sequence: u64) -> (SlotSet, bool) {
+        let count = usize::try_from((sequence + 1).saturating_sub(self.base)).unwrap_or(usize::MAX);
+        let (mut slots, mut revived) = (SlotSet::default(), false);
+        for (entry, at) in self.entries.iter().zip(self.base..).take(count) {
+            revived |= entry.revived;
+            if entry.acknowledged {
+                let low = |slot: &&u16| self.marks[**slot as usize].durable < at;
+                entry.servers.as_slice().iter().filter(low).for_each(|slot| slots.add(*slot));
+            }
+        }
+        (slots, revived)
     }
 
     /// Write `sequence` was refused everywhere: it needs nobody.
@@ -136,37 +188,13 @@ impl Tracker {
         let entry = self.entry(sequence).expect("a refused write is not settled");
         entry.servers = SlotSet::default();
         entry.acknowledged = true;
+        entry.revived = false;
     }
 
     /// The server in `slot` reported its durable mark.
     pub(crate) fn durable(&mut self, slot: u16, durable: u64) -> bool {
         let mark = self.mark(slot);
-        let news = !mark.frozen && mark.durable != durable;
-        if news {
-            mark.durable = durable;
-        }
-        news
-    }
-
-    /// The server in `slot` restarted: what it reported before means nothing, and nothing it reports counts until
-    /// [`Tracker::thaw`].
-    pub(crate) fn freeze(&mut self, slot: u16) {
-        let mark = self.mark(slot);
-        mark.frozen = true;
-        mark.durable = 0;
-    }
-
-    /// Everything up to `sequence` was reconciled and made durable anew: it needs no frozen server any more.
-    pub(crate) fn thaw(&mut self, sequence: u64) {
-        let frozen: Vec<bool> = self.marks.iter().map(|mark| mark.frozen).collect();
-        let is_frozen = |slot: u16| frozen.get(slot as usize).copied().unwrap_or(false);
-        let base = self.base;
-        for (at, entry) in self.entries.iter_mut().enumerate() {
-            if base + at as u64 <= sequence {
-                entry.servers.retain(|slot| !is_frozen(slot));
-            }
-        }
-        self.marks.iter_mut().for_each(|mark| mark.frozen = false);
+        std::mem::replace(&mut mark.durable, durable) != durable
     }
 
     /// A few lines about the oldest unsettled write and the marks of the servers, for people.
@@ -182,18 +210,12 @@ impl Tracker {
             )
         });
         let mark = |(slot, mark): (usize, &Mark)| {
-            let frozen = if mark.frozen { ", awaits reconciliation" } else { "" };
-            format!("slot {slot}: durable up to {}, sent up to {}{frozen}", mark.durable, mark.sent)
+            format!("slot {slot}: durable up to {}, sent up to {}", mark.durable, mark.sent)
         };
         oldest.into_iter().chain(self.marks.iter().enumerate().map(mark).collect::<Vec<_>>())
     }
 
-    /// True while a restarted server awaits reconciliation.
-    pub(crate) fn is_frozen(&self, slot: u16) -> bool {
-        self.marks.get(slot as usize).is_some_and(|mark| mark.frozen)
-    }
-
-    /// The server in `slot` restarted with nothing to lose: what it reports from now on counts as before.
+    /// The server in `slot` restarted: what it reported before means nothing.
     pub(crate) fn restarted(&mut self, slot: u16) {
         self.mark(slot).durable = 0;
     }
@@ -205,41 +227,12 @@ impl Tracker {
         }
     }
 
-    /// The server in `slot` joined the set of chunk `index` with version `since`: acknowledged writes of older versions
-    /// are in its copy, but not in its tail, so a later version change would not mark them there. True when there
-    /// are such; they need that server from now on.
-    pub(crate) fn joined(&mut self, index: u64, slot: u16, since: u64) -> bool {
-        let mut any = false;
-        for entry in self.entries.iter_mut().filter(|entry| entry.index == index) {
-            if entry.acknowledged && entry.version < since {
-                entry.servers.add(slot);
-                any = true;
-            }
-        }
-        any
-    }
-
     /// The chunks `first..end` are gone; their writes need nobody.
     pub(crate) fn drop_chunks(&mut self, first: u64, end: u64) {
         for entry in self.entries.iter_mut().filter(|entry| (first..end).contains(&entry.index)) {
             entry.servers = SlotSet::default();
+            entry.kept = None;
         }
-    }
-
-    /// True when an unsettled write up to `sequence` needs the server in `slot`.
-    pub(crate) fn needs(&self, slot: u16, sequence: u64) -> bool {
-        let count = usize::try_from((sequence + 1).saturating_sub(self.base)).unwrap_or(usize::MAX);
-        self.entries.iter().take(count).any(|entry| entry.servers.contains(slot))
-    }
-
-    /// True when an acknowledged and unsettled write is on the server in `slot`: a restart may have lost it there.
-    pub(crate) fn may_have_lost(&self, slot: u16) -> bool {
-        self.entries.iter().any(|entry| entry.acknowledged && entry.servers.contains(slot))
-    }
-
-    /// True when the server in `slot` has everything ever sent to it durable.
-    pub(crate) fn is_clean(&self, slot: u16) -> bool {
-        self.marks.get(slot as usize).is_none_or(|mark| !mark.frozen && mark.durable >= mark.sent)
     }
 
     /// Highest sequence sent to the server in `slot`.
@@ -302,7 +295,7 @@ mod tests {
                         let settled = tracker.settled() as usize;
                         if settled < writes.len() {
                             let at = settled + which % (writes.len() - settled);
-                            tracker.acknowledge(at as u64 + 1);
+                            tracker.acknowledge(at as u64 + 1, None);
                             writes[at].1 = true;
                         }
                     }
@@ -328,19 +321,20 @@ mod tests {
     }
 
     #[test]
-    fn a_frozen_server_holds_the_mark_until_reconciled() {
+    fn what_a_restarted_server_reported_counts_no_more() {
         let mut tracker = Tracker::new(1);
         for slot in [0, 1] {
             assert_eq!(tracker.issue(3, 10), u64::from(slot) + 1);
             tracker.sent(u64::from(slot) + 1, slot, 1);
-            tracker.acknowledge(u64::from(slot) + 1);
+            tracker.acknowledge(u64::from(slot) + 1, None);
         }
-        tracker.freeze(1);
         tracker.durable(0, 9);
         tracker.durable(1, 9);
+        tracker.restarted(1);
         tracker.advance(|_| ());
-        assert_eq!((tracker.settled(), tracker.is_clean(1), tracker.needs(1, 2)), (1, false, true));
-        tracker.thaw(2);
+        assert_eq!((tracker.settled(), tracker.kept_on(1)), (1, vec![2]));
+        assert_eq!(tracker.undurable(2).0.as_slice(), [1]);
+        tracker.durable(1, 2);
         tracker.advance(|_| ());
         assert_eq!((tracker.settled(), tracker.load()), (2, (0, 0)));
     }

@@ -1,8 +1,7 @@
 //! One write or unmap at its replicas (rule 3), and the start of every kind of part.
 
+use super::Volume;
 use super::map::Entry;
-use super::{Volume, flush};
-use crate::config::{UNSETTLED_BYTES_MAX, UNSETTLED_MAX};
 use crate::io::Ctx;
 use crate::servers::{Owner, Packet};
 use crate::timers::Timer;
@@ -27,8 +26,8 @@ pub(super) struct Part {
     pub first: u32,
     pub count: u32,
     pub internal: bool,
-    /// Under way: counted in [`Volume::started`].
-    pub started: bool,
+    /// A write acknowledged before that is sent again; no operation waits for it.
+    pub revived: bool,
     pub body: Body,
 }
 
@@ -135,12 +134,17 @@ impl Volume {
     /// Starts a part as soon as nothing stands in its way.
     pub(super) fn start_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let Some(part) = self.parts.get(id) else { return };
-        let index = part.index;
-        if self.paused && !part.internal && !(part.started && matches!(part.body, Body::Write(_))) {
-            self.hold_part(ctx, id);
+        let (index, is_write) = (part.index, matches!(part.body, Body::Write(_)));
+        let chunk = self.chunk(index);
+        if chunk.revived > 0 && !is_write {
+            // Whoever answered might lack what is being sent again.
+            if !chunk.waiting.contains(&id) {
+                chunk.waiting.push(id);
+            }
+            self.take_back_read(id);
             return;
         }
-        if !self.chunk(index).ready {
+        if !chunk.ready {
             self.wait_for_chunk(ctx, index, id);
             return;
         }
@@ -151,26 +155,39 @@ impl Volume {
         }
     }
 
-    /// Keeps a part until the volume goes on. A read that has to be asked anew waits as well: who would answer may not
-    /// be reconciled yet. The reconciliation may have waited for it.
-    fn hold_part(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        if !self.held_parts.contains(&id) {
-            self.held_parts.push_back(id);
+    /// Sends acknowledged writes again, under their old sequences. `lost`: the server that restarted, and so needs them
+    /// whatever it answered. Servers that have a write, or a later one of the same blocks, answer without doing anything.
+    /// Answers the chunks concerned, to be driven.
+    pub(super) fn revive(&mut self, sequences: Vec<u64>, lost: Option<u16>) -> Vec<u64> {
+        let mut chunks = Vec::new();
+        for sequence in sequences {
+            let Some(mut part) = self.tracker.revive(sequence) else { continue };
+            let Body::Write(write) = &mut part.body else { unreachable!("only writes are kept") };
+            write.targets.iter_mut().filter(|t| Some(t.slot) == lost).for_each(|target| target.at = At::Unsent);
+            part.revived = true;
+            part.internal = false;
+            let chunk = self.chunk(part.index);
+            chunk.active += 1;
+            chunk.revived += 1;
+            chunks.push(part.index);
+            self.parts.insert(*part);
         }
-        self.take_back_read(id);
-        let part = self.parts.get_mut(id).expect("the caller holds it");
-        if std::mem::take(&mut part.started) {
-            self.started -= 1;
-            self.check_drained(ctx);
-        }
+        chunks.sort_unstable();
+        chunks.dedup();
+        chunks
     }
 
-    /// The part goes out: from here on a reconciliation waits for it.
-    pub(super) fn mark_started(&mut self, id: u64) {
-        let part = self.parts.get_mut(id).expect("the caller holds it");
-        if !part.started {
-            part.started = true;
-            self.started += u32::from(!part.internal);
+    /// Forgets what was to be sent again to chunks that are gone.
+    pub(super) fn drop_revived(&mut self, first: u64, end: u64) {
+        let doomed = |part: &Part| part.revived && (first..end).contains(&part.index);
+        let ids: Vec<u64> = self.parts.iter().filter(|(_, part)| doomed(part)).map(|(id, _)| id).collect();
+        for id in ids {
+            let part = self.parts.remove(id).expect("just listed");
+            let Body::Write(write) = &part.body else { unreachable!("only writes are kept") };
+            self.tracker.void(write.sequence);
+            let chunk = self.chunk(part.index);
+            chunk.active -= 1;
+            chunk.revived -= 1;
         }
     }
 
@@ -205,18 +222,17 @@ impl Volume {
         let Some(entry) = &self.chunk(index).entry else { unreachable!("just seen") };
         let slots: Vec<Target> = entry.reps.iter().map(|rep| Target::unsent(rep.slot)).collect();
         let version = entry.version.0;
-        let (unsettled, bytes) = self.tracker.load();
-        if !internal && (unsettled >= UNSETTLED_MAX / 2 || bytes >= UNSETTLED_BYTES_MAX / 2) {
+        if !internal && self.is_filling() {
             self.flush_for_room(ctx);
-            if unsettled >= UNSETTLED_MAX || bytes >= UNSETTLED_BYTES_MAX {
+            if !self.has_room() {
                 self.throttled.push_back(id);
                 return;
             }
         }
-        self.mark_started(id);
         let bytes = if unmap { 0 } else { count * BLOCK_SIZE as u32 };
         let sequence = self.tracker.issue(index, bytes);
         slots.iter().for_each(|target| self.tracker.sent(sequence, target.slot, version));
+        self.tell_load();
         let chunk = self.chunk(index);
         chunk.unsettled += 1;
         let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { unreachable!("just seen") };
@@ -392,7 +408,7 @@ impl Volume {
         let Some(part) = self.parts.get(id) else { return };
         let Body::Write(write) = &part.body else { return };
         let untouched = write.targets.iter().all(|target| target.at == At::Unsent);
-        if ctx.config.on_no_space == crate::config::OnNoSpace::Fail && untouched && !part.internal {
+        if ctx.config.on_no_space == crate::config::OnNoSpace::Fail && untouched && !part.internal && !part.revived {
             // No replica took it, so all still hold what they held.
             let sequence = write.sequence;
             self.tracker.void(sequence);
@@ -459,17 +475,33 @@ impl Volume {
             return;
         }
         let (sequence, index) = (write.sequence, part.index);
-        if self.chunks[&index].entry.as_ref().is_some_and(Entry::is_below_minimum) {
+        let below = self.chunks[&index].entry.as_ref().is_some_and(Entry::is_below_minimum);
+        if below && !part.revived {
             write.parked = true;
-            if part.started && !part.internal {
-                part.started = false;
-                self.started -= 1;
-            }
             self.refetch_later(ctx, index);
             return;
         }
-        self.tracker.acknowledge(sequence);
-        self.finish_part(ctx, id, Ok(None));
+        self.finish_write(ctx, id, sequence);
+    }
+
+    /// Every replica has the write: it is acknowledged, and kept until it is settled.
+    fn finish_write(&mut self, ctx: &mut Ctx<'_>, id: u64, sequence: u64) {
+        let mut part = self.parts.remove(id).expect("the caller holds it");
+        let Body::Write(write) = &mut part.body else { unreachable!("only for writes") };
+        write.packet = None;
+        let (op, index, revived) = (part.op, part.index, std::mem::take(&mut part.revived));
+        self.tracker.acknowledge(sequence, Some(Box::new(part)));
+        let chunk = self.chunk(index);
+        chunk.active -= 1;
+        chunk.revived -= u32::from(revived);
+        if !revived {
+            self.less_left(ctx, op, None);
+        } else {
+            if self.chunk(index).revived == 0 {
+                self.drive(ctx, index);
+            }
+            self.recheck_flushes(ctx, None);
+        }
         self.advance(ctx);
     }
 
@@ -477,17 +509,19 @@ impl Volume {
     pub(super) fn retarget(&mut self, ctx: &mut Ctx<'_>, index: u64) {
         let Some(entry) = self.chunks.get(&index).and_then(|chunk| chunk.entry.clone()) else { return };
         let busy = self.chunks[&index].active > 0;
-        let writes: Vec<u64> = if busy {
-            let mine = |part: &Part| part.index == index && matches!(&part.body, Body::Write(w) if w.sequence != 0);
-            self.parts.iter().filter(|(_, part)| mine(part)).map(|(id, _)| id).collect()
-        } else {
-            Vec::new()
-        };
+        let mut writes: Vec<(u64, u64)> = Vec::new();
+        if busy {
+            let sequence = |part: &Part| match &part.body {
+                Body::Write(write) if part.index == index && write.sequence != 0 => Some(write.sequence),
+                _ => None,
+            };
+            writes = self.parts.iter().filter_map(|(id, part)| Some((sequence(part)?, id))).collect();
+            writes.sort_unstable();
+        }
         self.tracker.retarget(index, |slot| entry.rep(slot).is_some());
-        for id in writes {
+        for (sequence, id) in writes {
             let Some(part) = self.parts.get_mut(id) else { continue };
             let Body::Write(write) = &mut part.body else { continue };
-            let sequence = write.sequence;
             for gone in write.targets.iter().filter(|t| entry.rep(t.slot).is_none()) {
                 let number = self.servers[gone.slot as usize].number;
                 ctx.servers.cancel(
@@ -511,7 +545,6 @@ impl Volume {
             }
             if write.parked && !entry.is_below_minimum() {
                 write.parked = false;
-                self.mark_started(id);
             }
             self.send_unsent(ctx, id);
             self.check_write(ctx, id);
@@ -534,17 +567,18 @@ impl Volume {
         chunks
     }
 
-    /// A server restarted: what it answered for writes that are still under way counts no more. Answers those writes.
+    /// A server restarted: what it answered for writes that are still under way counts no more. Answers the chunks
+    /// concerned.
     pub(super) fn forget_answers(&mut self, slot: u16) -> Vec<u64> {
-        let mut again = Vec::new();
+        let mut chunks = Vec::new();
         for id in self.parts.keys() {
-            let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { continue };
+            let Some(Part { index, body: Body::Write(write), .. }) = self.parts.get_mut(id) else { continue };
             for target in write.targets.iter_mut().filter(|t| t.slot == slot && t.at == At::Ok) {
                 target.at = At::Unsent;
-                again.push(id);
+                chunks.push(*index);
             }
         }
-        again
+        chunks
     }
 
     /// Takes the durable mark of an answer.
@@ -562,7 +596,8 @@ impl Volume {
                 chunk.unsettled -= 1;
             }
         });
-        while !self.throttled.is_empty() && flush::has_room(&self.tracker) {
+        self.tell_load();
+        while !self.throttled.is_empty() && self.has_room() {
             let part = self.throttled.pop_front().expect("not empty");
             self.start_part(ctx, part);
         }

@@ -113,14 +113,18 @@ impl CsCore {
             let Some(volume) = self.volumes.get_mut(&id) else { return };
             match volume.waiting.front() {
                 None => return,
-                Some(Waiting::Control(_)) if volume.writes > 0 && self.failed.is_none() => return,
-                Some(Waiting::Data(_) | Waiting::Repair(_)) if volume.controls > 0 && self.failed.is_none() => return,
+                Some(Waiting::Control(_) | Waiting::Late(_)) if volume.writes > 0 && self.failed.is_none() => return,
+                Some(Waiting::Data(_) | Waiting::Late(_) | Waiting::Repair(_))
+                    if volume.controls > 0 && self.failed.is_none() =>
+                {
+                    return;
+                }
                 Some(_) => {}
             }
             match volume.waiting.pop_front().expect("looked at above") {
                 Waiting::Control(control) => self.start_control(now, id, control, out),
                 Waiting::Repair(repair) => self.submit_repair(now, repair),
-                Waiting::Data(call) => {
+                Waiting::Data(call) | Waiting::Late(call) => {
                     self.client_depth -= 1;
                     // A closed link takes its queued requests along: they must not run after a newer link's.
                     if !self.links.is_up(call.caller.link) && !planted!("cs_old_link_still_served") {

@@ -172,6 +172,12 @@ impl CsCore {
                 volume.twins.push((sequence, call.caller));
                 return;
             }
+            if self.is_overtaken(request.chunk, run, sequence) && !planted!("cs_late_write_overtakes") {
+                self.client_depth += 1;
+                let volume = self.volumes.get_mut(&id).expect("judged by the caller");
+                volume.waiting.push_front(Waiting::Late(call));
+                return;
+            }
             match self.first_new_run(request.chunk, run, (epoch, sequence)) {
                 Some(new) => run = new,
                 None => return self.answer_duplicate(call.caller, id, sequence, durable, out),
@@ -218,6 +224,20 @@ impl CsCore {
         self.client_depth += 1;
         let write = WriteInFlight { caller, volume: id, chunk, sequence, first_block, block_count, durable, rest };
         self.submit(now, Pending::Write(write), store_request);
+    }
+
+    /// True while the store works on a later write of some of these blocks: only when that is done can be said what of
+    /// this one is still new.
+    fn is_overtaken(&self, chunk: ChunkId, run: (u32, u32), sequence: Sequence) -> bool {
+        self.pending.iter().any(|pending| match pending {
+            Pending::Write(write) => {
+                write.chunk == chunk
+                    && write.sequence > sequence
+                    && write.first_block < run.0 + run.1
+                    && run.0 < write.first_block + write.block_count
+            }
+            _ => false,
+        })
     }
 
     /// The first run of blocks that this write or a later one has not reached yet.

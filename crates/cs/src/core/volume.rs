@@ -14,6 +14,8 @@ use std::collections::VecDeque;
 pub(super) enum Waiting {
     /// A write or unmap of a client, already admitted.
     Data(DataCall),
+    /// One that came after a later write of the same blocks: waits until the store has answered every write.
+    Late(DataCall),
     /// Blocks a rebuild copied.
     Repair(RepairWrite),
     /// Another control operation.
