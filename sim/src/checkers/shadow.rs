@@ -98,7 +98,8 @@ pub struct Shadow {
     blocks: BTreeMap<BlockKey, BlockState>,
     ops: BTreeMap<OpId, OpRecord>,
     next: u64,
-    era: u64,
+    /// Eras that ended, by volume.
+    eras: BTreeMap<u64, u64>,
     /// Writes answered, blocks read and compared: a run that did nothing proves nothing.
     pub writes_acknowledged: u64,
     /// Blocks read and compared.
@@ -108,18 +109,30 @@ pub struct Shadow {
 impl Shadow {
     /// A write (or, with zero values, an unmap) was submitted.
     pub fn write_submitted(&mut self, now: u64, volume: u64, first_block: u64, values: Vec<u64>) -> OpId {
-        self.record(OpRecord { volume, first_block, values, write: true, start: now, end: u64::MAX, era: self.era })
+        self.record(OpRecord {
+            volume,
+            first_block,
+            values,
+            write: true,
+            start: now,
+            end: u64::MAX,
+            era: self.era(volume),
+        })
     }
 
     /// A read was submitted.
     pub fn read_submitted(&mut self, now: u64, volume: u64, first_block: u64) -> OpId {
-        let era = self.era;
+        let era = self.era(volume);
         self.record(OpRecord { volume, first_block, values: Vec::new(), write: false, start: now, end: u64::MAX, era })
     }
 
     /// A compare-and-write that succeeded saw these values.
     pub fn observed(&mut self, start: u64, end: u64, volume: u64, first_block: u64, values: Vec<u64>) {
-        self.record(OpRecord { volume, first_block, values, write: false, start, end, era: self.era });
+        self.record(OpRecord { volume, first_block, values, write: false, start, end, era: self.era(volume) });
+    }
+
+    fn era(&self, volume: u64) -> u64 {
+        self.eras.get(&volume).copied().unwrap_or_default()
     }
 
     fn record(&mut self, op: OpRecord) -> OpId {
@@ -164,7 +177,7 @@ impl Shadow {
             record.values.push(value);
             self.blocks_read += 1;
         }
-        if record.era != self.era {
+        if record.era != self.eras.get(&record.volume).copied().unwrap_or_default() {
             self.ops.remove(&op);
         }
         Ok(())
@@ -192,20 +205,20 @@ impl Shadow {
         }
     }
 
-    /// Unflushed data may be gone: checks the era that ends, begins a new one. Writes in flight go on in the new one.
+    /// Unflushed data of a volume may be gone: checks the era that ends, begins a new one. Writes in flight go on in the new one.
     ///
     /// # Errors
     /// Whatever [`Shadow::check`] finds.
-    pub fn end_era(&mut self) -> Result<(), Broken> {
+    pub fn end_era(&mut self, volume: u64) -> Result<(), Broken> {
         self.check()?;
         let mut writes: BTreeMap<BlockKey, Vec<BlockOp>> = BTreeMap::new();
-        for op in self.ops.values().filter(|op| op.write) {
+        for op in self.ops.values().filter(|op| op.write && op.volume == volume) {
             for (key, block) in op.blocks() {
                 writes.entry(key).or_default().push(block);
             }
         }
         // Reads in flight stay known until they are answered, and are then not judged.
-        self.ops.retain(|_, op| op.end == u64::MAX);
+        self.ops.retain(|_, op| op.volume != volume || op.end == u64::MAX);
         for (key, ops) in writes {
             let state = self.blocks.entry(key).or_default();
             let floor_start = state.floor.map_or(0, |(_, start)| start);
@@ -220,8 +233,9 @@ impl Shadow {
             candidates.dedup();
             state.candidates = candidates;
         }
-        self.blocks.values_mut().for_each(|state| state.floor = None);
-        self.era += 1;
+        let mine = self.blocks.iter_mut().filter(|(key, _)| key.volume == volume);
+        mine.for_each(|(_, state)| state.floor = None);
+        *self.eras.entry(volume).or_default() += 1;
         Ok(())
     }
 
@@ -231,7 +245,7 @@ impl Shadow {
     /// The first block whose history cannot be.
     pub fn check(&self) -> Result<(), Broken> {
         let mut histories: BTreeMap<BlockKey, Vec<BlockOp>> = BTreeMap::new();
-        for op in self.ops.values().filter(|op| op.write || (op.end != u64::MAX && op.era == self.era)) {
+        for op in self.ops.values().filter(|op| op.write || (op.end != u64::MAX && op.era == self.era(op.volume))) {
             for (key, block) in op.blocks() {
                 histories.entry(key).or_default().push(block);
             }
@@ -326,7 +340,7 @@ mod tests {
         shadow.flush_acknowledged(3, 5);
         let b = shadow.write_submitted(4, 5, 0, vec![12]);
         shadow.write_acknowledged(5, b);
-        shadow.end_era().unwrap();
+        shadow.end_era(5).unwrap();
         let r = shadow.read_submitted(6, 5, 0);
         shadow.read_answered(7, r, &bytes(5, 0, 11), BLOCK_SIZE).unwrap();
         shadow.check().unwrap();
@@ -341,7 +355,7 @@ mod tests {
         let a = shadow.write_submitted(1, 5, 0, vec![11]);
         shadow.write_acknowledged(2, a);
         shadow.flush_acknowledged(3, 5);
-        shadow.end_era().unwrap();
+        shadow.end_era(5).unwrap();
         let r = shadow.read_submitted(6, 5, 0);
         shadow.read_answered(7, r, &[0; BLOCK_SIZE], BLOCK_SIZE).unwrap();
         assert_eq!(shadow.check().unwrap_err().invariant, Invariant::I1);
@@ -384,7 +398,7 @@ mod tests {
         let mut shadow = Shadow::default();
         let a = shadow.write_submitted(1, 5, 0, vec![11]);
         let r = shadow.read_submitted(2, 5, 0);
-        shadow.end_era().unwrap();
+        shadow.end_era(5).unwrap();
         shadow.write_acknowledged(5, a);
         shadow.read_answered(6, r, &bytes(5, 0, 0), BLOCK_SIZE).unwrap();
         shadow.observed(7, 8, 5, 0, vec![11]);

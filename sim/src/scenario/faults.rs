@@ -1,22 +1,11 @@
-//! Faults: what breaks, for how long, and what that allows to be lost.
-//!
-//! A write that was acknowledged and not flushed may be lost only when every current replica of its chunk lost power
-//! before it was durable there. Chunk servers flush by themselves within a second, so losses far apart cannot have
-//! taken the same write. When the servers that lost power close together hold all current replicas of some chunk, the
-//! era of the shadow map ends; in every other case nothing acknowledged may be missing.
+//! Faults: what breaks, for how long. What that allows to be lost is in `super::eras`.
 
-use super::cluster::{Cluster, SimMds};
+use super::cluster::Cluster;
 use super::plan::FaultKind;
 use super::{Scenario, TOKEN_FAULT, TOKEN_RESTORE, Verdict};
 use crate::world::{MS, NodeIndex, SECOND};
 use cairn_stdx::Rng;
-use cairn_types::{ChunkId, ChunkVersion, CsId};
-use cairn_wire::mds::{MdsReply, MdsRequest, ReplicaRole};
 use std::collections::BTreeMap;
-
-/// Power cuts further apart than this cannot have taken the same write from servers that ran undisturbed: a write is
-/// flushed within a second of its answer.
-const TOGETHER: u64 = 6 * SECOND;
 
 /// What undoes a fault.
 #[derive(Clone, Debug)]
@@ -34,24 +23,11 @@ pub(super) struct Faults {
     rng: Rng,
     restores: BTreeMap<u64, Restore>,
     next_restore: u64,
-    /// When each chunk server last lost power with something unflushed.
-    lost_power: Vec<Option<u64>>,
-    /// When each chunk server was last frozen or slow: its own flushes may be late.
-    disturbed: Vec<Option<u64>>,
-    /// The newest replica set seen of each chunk.
-    sets: BTreeMap<ChunkId, (ChunkVersion, Vec<CsId>)>,
 }
 
 impl Faults {
-    pub fn new(rng: Rng, cs: usize) -> Self {
-        Self {
-            rng,
-            restores: BTreeMap::new(),
-            next_restore: TOKEN_RESTORE,
-            lost_power: vec![None; cs],
-            disturbed: vec![None; cs],
-            sets: BTreeMap::new(),
-        }
+    pub fn new(rng: Rng) -> Self {
+        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE }
     }
 }
 
@@ -92,7 +68,7 @@ impl Scenario {
                 let index = self.faults.rng.below(self.cluster.clients.len() as u64) as usize;
                 if self.cluster.is_running(self.cluster.clients[index]) {
                     self.cluster.world.kill(self.cluster.clients[index]);
-                    self.client_died(index);
+                    self.client_died(index)?;
                     self.later(Restore::StartClient(index));
                 }
             }
@@ -188,7 +164,7 @@ impl Scenario {
     fn disturb(&mut self, node: NodeIndex) {
         let now = self.now();
         if let Some(index) = self.cluster.cs.iter().position(|cs| cs.node == node) {
-            self.faults.disturbed[index] = Some(now);
+            self.eras.disturb(index, now);
         }
     }
 
@@ -224,58 +200,16 @@ impl Scenario {
         }
     }
 
-    /// Cuts the power of chunk servers, and ends the era if that may have cost acknowledged writes.
     fn cut_power(&mut self, which: &[usize]) -> Verdict {
-        let now = self.now();
-        self.learn_sets();
+        self.power_is_lost(which)?;
         for &index in which {
             let node = self.cluster.cs[index].node;
-            if !self.cluster.world.nodes[node.0].disks[0].unflushed_pages().is_empty() {
-                self.faults.lost_power[index] = Some(now);
-            }
             if self.cluster.is_running(node) {
                 self.later(Restore::StartCs(index));
             }
             self.cluster.world.power_cut(node);
         }
-        let disturbed_since =
-            |at: u64| which.iter().any(|&index| self.faults.disturbed[index].is_some_and(|d| d >= at));
-        let losers: Vec<CsId> = (0..self.cluster.cs.len())
-            .filter(|&index| {
-                self.faults.lost_power[index]
-                    .is_some_and(|at| now - at <= TOGETHER || disturbed_since(at.saturating_sub(TOGETHER)))
-            })
-            .filter_map(|index| self.cluster.cs[index].id)
-            .collect();
-        let lost =
-            self.faults.sets.values().any(|(_, set)| !set.is_empty() && set.iter().all(|cs| losers.contains(cs)));
-        if lost {
-            self.cluster.world.note(format_args!("an era ends: {losers:?} lost power"));
-            self.faults.lost_power.fill(None);
-            for &index in which {
-                self.faults.lost_power[index] = Some(now);
-            }
-            self.shadow.end_era().map_err(Box::new)?;
-        }
         Ok(())
-    }
-
-    /// Asks every metadata server that runs for the chunk maps; the highest version of a chunk counts.
-    pub(super) fn learn_sets(&mut self) {
-        for mds in &self.cluster.mds {
-            for volume in &self.volumes {
-                let request = MdsRequest::ChunkMap { volume: volume.info.volume, index: 0, limit: 64 };
-                let answer = self.cluster.world.inspect::<SimMds, _>(mds.node, |core| core.meta().query(&request));
-                let Some(Ok(MdsReply::Chunks(entries))) = answer else { continue };
-                for entry in entries {
-                    let known = self.faults.sets.entry(entry.chunk).or_default();
-                    if entry.version >= known.0 {
-                        let current = entry.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current);
-                        *known = (entry.version, current.map(|replica| replica.cs).collect());
-                    }
-                }
-            }
-        }
     }
 
     /// Ends every fault: paths, clocks, disks, frozen and dead processes.

@@ -108,7 +108,7 @@ impl Load {
         self.known.clear();
     }
 
-    fn volume_of(&self, handle: VolumeHandle) -> Option<usize> {
+    pub fn volume_of(&self, handle: VolumeHandle) -> Option<usize> {
         self.holds.iter().position(|hold| *hold == Hold::Open(handle))
     }
 
@@ -116,11 +116,6 @@ impl Load {
         if let Some(volume) = self.volume_of(handle) {
             self.recalled[volume] = true;
         }
-    }
-
-    /// A lost lease is given up like a recalled one.
-    pub fn fenced(&mut self, handle: VolumeHandle) {
-        self.recalled(handle);
     }
 }
 
@@ -351,6 +346,7 @@ impl Scenario {
             (Kind::Open { volume }, Answer::Open(result)) => self.on_opened(client, volume, result),
             (Kind::Close { volume }, Answer::Closed) => {
                 self.loads[client].holds[volume] = Hold::Closed;
+                self.eras.closed(client, volume);
                 Ok(())
             }
             (kind, Answer::Block(result)) => self.on_block(client, since, kind, result),
@@ -363,7 +359,10 @@ impl Scenario {
         let load = &mut self.loads[client];
         load.recalled[volume] = false;
         load.holds[volume] = match result {
-            Ok(handle) => Hold::Open(handle),
+            Ok(handle) => {
+                load.holds[volume] = Hold::Open(handle);
+                return self.holder_came(client, volume);
+            }
             Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
             Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => {
                 Hold::Closed
@@ -421,7 +420,10 @@ impl Scenario {
                 self.shadow.observed(since, now, id, first, vec![old]);
                 self.loads[client].known.insert((volume, first), new);
             }
-            Kind::Flush { volume } => self.shadow.flush_acknowledged(since, self.volumes[volume].info.volume.0),
+            Kind::Flush { volume } => {
+                self.eras.flushed(volume, since);
+                self.shadow.flush_acknowledged(since, self.volumes[volume].info.volume.0);
+            }
             _ => {}
         }
         Ok(())
@@ -443,9 +445,10 @@ impl Scenario {
     }
 
     /// A process of a client died: what it had in flight will never be answered.
-    pub(super) fn client_died(&mut self, client: usize) {
+    pub(super) fn client_died(&mut self, client: usize) -> Verdict {
         self.pending.retain(|_, op| op.client != client);
         self.loads[client].died();
+        (0..self.volumes.len()).try_for_each(|volume| self.holder_left(client, volume))
     }
 
     /// Adds a client that has done nothing yet.

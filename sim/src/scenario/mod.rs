@@ -6,6 +6,7 @@
 //! server.
 
 mod cluster;
+mod eras;
 mod faults;
 mod load;
 mod plan;
@@ -21,6 +22,7 @@ use cairn_env::block::BlockResult;
 use cairn_stdx::Rng;
 use cairn_wire::mds::{MdsError, MdsReply, VolumeInfo};
 use cluster::{Cluster, SimMds};
+use eras::Eras;
 use faults::Faults;
 use load::{Load, Pending};
 use plan::Plan;
@@ -71,6 +73,7 @@ pub(crate) struct Scenario {
     volumes: Vec<SimVolume>,
     loads: Vec<Load>,
     faults: Faults,
+    eras: Eras,
     pending: BTreeMap<u64, Pending>,
     mailbox: Mailbox,
     next_token: u64,
@@ -92,7 +95,8 @@ impl Scenario {
         cluster.world.frames = options.frames;
         cluster.world.net.slow_one_in = plan.slow_one_in;
         let loads = (0..plan.shape.clients as u64).map(|i| Load::new(rng.split(100 + i))).collect();
-        let faults = Faults::new(rng.split(13), plan.shape.cs);
+        let eras = Eras::new(plan.shape.cs);
+        let faults = Faults::new(rng.split(13));
         Self {
             seed,
             plan,
@@ -101,6 +105,7 @@ impl Scenario {
             volumes: Vec::new(),
             loads,
             faults,
+            eras,
             pending: BTreeMap::new(),
             mailbox: Mailbox::default(),
             next_token: 1,
@@ -231,7 +236,7 @@ impl Scenario {
             let completions = self.cluster.world.inspect::<ClientCore, _>(node, ClientCore::take_completions);
             for completion in completions.into_iter().flatten() {
                 match completion {
-                    Completion::Notice(notice) => self.on_notice(client, &notice),
+                    Completion::Notice(notice) => self.on_notice(client, &notice)?,
                     other => other.run(),
                 }
             }
@@ -247,12 +252,18 @@ impl Scenario {
         }
     }
 
-    fn on_notice(&mut self, client: usize, notice: &Notice) {
-        let Some(load) = self.loads.get_mut(client) else { return };
+    fn on_notice(&mut self, client: usize, notice: &Notice) -> Verdict {
+        let Some(load) = self.loads.get_mut(client) else { return Ok(()) };
         match notice {
             Notice::Recall(handle, _) => load.recalled(*handle),
-            Notice::Fenced(handle) => load.fenced(*handle),
+            // A lost lease is given up like a recalled one.
+            Notice::Fenced(handle) => {
+                let volume = load.volume_of(*handle);
+                load.recalled(*handle);
+                return volume.map_or(Ok(()), |volume| self.holder_left(client, volume));
+            }
             _ => {}
         }
+        Ok(())
     }
 }

@@ -65,6 +65,7 @@ impl Scenario {
             self.volumes.push(SimVolume { info, unit: volume.unit });
         }
         self.loads.iter_mut().for_each(|load| load.know_volumes(self.volumes.len()));
+        self.eras.know_volumes(self.volumes.len());
         Ok(())
     }
 

@@ -46,7 +46,7 @@ impl Scenario {
                 self.shut_down(client)?;
             } else {
                 self.cluster.world.kill(node);
-                self.client_died(client);
+                self.client_died(client)?;
             }
         }
         Ok(())
@@ -59,8 +59,7 @@ impl Scenario {
             s.cluster.world.inspect::<ClientCore, _>(node, |core| core.is_stopped()) == Some(true)
         })?;
         self.cluster.world.kill(node);
-        self.client_died(client);
-        Ok(())
+        self.client_died(client)
     }
 
     fn leader(&mut self) -> Option<NodeIndex> {
