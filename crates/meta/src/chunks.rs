@@ -68,8 +68,17 @@ impl Chunk {
     /// Takes a server out of the set; its copy stays behind as a stale one.
     pub(crate) fn take_out(&mut self, cs: CsId, deleting: bool) {
         self.replicas.retain(|replica| replica.cs != cs);
+        self.holders.retain(|holder| *holder != cs);
         self.stale.retain(|stale| stale.cs != cs);
         self.stale.push(StaleCopy { cs, deleting });
+    }
+
+    /// A server of the set has shown its copy.
+    pub(crate) fn is_held_by(&mut self, cs: CsId) {
+        self.used = true;
+        if self.replica(cs).is_some() && !self.holders.contains(&cs) {
+            self.holders.push(cs);
+        }
     }
 
     /// True when taking `cs` out would leave no current replica.
@@ -313,6 +322,7 @@ impl<K: Kv> Meta<K> {
             replicas_normal: policy.replicas,
             minimum: policy.minimum,
             used: false,
+            holders: Vec::new(),
             replicas: chosen.into_iter().map(replica).collect(),
             stale: Vec::new(),
             state: ChunkState::Healthy,

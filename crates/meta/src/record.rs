@@ -247,6 +247,8 @@ pub struct Chunk {
     pub minimum: u8,
     /// A copy is known to have existed, from a report or a version change carried out: no longer void.
     pub used: bool,
+    /// Servers of the set that have shown that they have their copy. One that has not may never have created it.
+    pub holders: Vec<CsId>,
     /// The set.
     pub replicas: Vec<Replica>,
     /// Copies outside the set.

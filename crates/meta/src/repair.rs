@@ -325,7 +325,7 @@ impl<K: Kv> Meta<K> {
             block_count: u32::try_from(inode.policy.chunk_size() / cairn_types::BLOCK_SIZE_U64)
                 .expect("256 MiB at most"),
             sources: sources.into_iter().map(|(cs, server)| (cs, server.addr)).collect(),
-            created: chunk.used,
+            created: chunk.replicas.iter().any(|r| r.role == ReplicaRole::Current && chunk.holders.contains(&r.cs)),
         })
     }
 
@@ -349,7 +349,7 @@ impl<K: Kv> Meta<K> {
         } else {
             let replica = new.replicas.iter_mut().find(|replica| replica.cs == cs).expect("found above");
             *replica = Replica { cs, role: ReplicaRole::Current, since: done.version };
-            new.used = true;
+            new.is_held_by(cs);
             self.drop_surplus(&mut new, &inode.policy);
         }
         self.set_chunk(volume, index, Some(&old), Some(&mut new), true);
@@ -362,9 +362,9 @@ impl<K: Kv> Meta<K> {
             if done.version == old.version {
                 self.set_order(cs, done.chunk, Some(order), None);
             }
-            if !old.used {
-                // What was raised exists.
-                let mut new = Chunk { used: true, ..old.clone() };
+            let mut new = old.clone();
+            new.is_held_by(cs);
+            if new != old {
                 self.set_chunk(order.volume, order.index, Some(&old), Some(&mut new), false);
             }
             return;

@@ -266,7 +266,7 @@ impl<K: Kv> Meta<K> {
 
     fn report_copy(&mut self, cs: CsId, report: &ChunkReport, place: (cairn_types::VolumeId, u64), old: &Chunk) {
         let mut new = old.clone();
-        new.used = true;
+        new.is_held_by(cs);
         // A current copy below the version with which it joined lost something: it is stale, whatever we thought.
         let lagging = old.replica(cs).is_some_and(|replica| {
             replica.role == cairn_wire::mds::ReplicaRole::Current && report.version < replica.since
@@ -291,7 +291,7 @@ impl<K: Kv> Meta<K> {
         let mut new = old.clone();
         match old.replica(cs).map(|replica| replica.role) {
             None => new.stale.retain(|stale| stale.cs != cs),
-            Some(cairn_wire::mds::ReplicaRole::Current) if old.used && !old.is_last_current(cs) => {
+            Some(cairn_wire::mds::ReplicaRole::Current) if old.holders.contains(&cs) && !old.is_last_current(cs) => {
                 new.bump();
                 new.take_out(cs, false);
                 new.stale.retain(|stale| stale.cs != cs);

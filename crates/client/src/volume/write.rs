@@ -475,6 +475,14 @@ impl Volume {
             return;
         }
         let (sequence, index) = (write.sequence, part.index);
+        let has = |rep: &super::map::Rep| {
+            write.targets.iter().any(|target| target.slot == rep.slot && target.version >= rep.since)
+        };
+        if self.chunks[&index].entry.as_ref().is_some_and(|entry| !entry.reps.iter().all(has)) {
+            // All of an older set have it, and the set in force has a member that lacks it: it goes there as soon as the
+            // chunk is ready in the new version.
+            return;
+        }
         let below = self.chunks[&index].entry.as_ref().is_some_and(Entry::is_below_minimum);
         if below && !part.revived {
             write.parked = true;

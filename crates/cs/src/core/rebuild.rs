@@ -49,7 +49,7 @@ pub(super) struct RebuildOrder {
     pub block_count: u32,
     pub sources: Vec<(CsId, SocketAddr)>,
     pub joined: ChunkVersion,
-    /// A copy is known to have existed.
+    /// A source is known to have had its copy.
     pub created: bool,
 }
 
@@ -344,7 +344,7 @@ impl CsCore {
     }
 
     /// No source could give what was asked. If that is because none of them has the chunk, and neither had this server,
-    /// it was allocated and never created: then the first source creates it, empty and at the present version, and from
+    /// it was allocated and no write to it was ever acknowledged: then the first source creates it, empty and at the present version, and from
     /// there on it is a source like any other. Taking the absence itself for emptiness would not do: a holder with an
     /// older map could still create the chunk there and write to it without this copy.
     fn sources_exhausted(&mut self, now: Now, chunk: ChunkId, out: &mut Effects) {

@@ -453,8 +453,8 @@ pub enum CsOrder {
         block_count: u32,
         /// Current replicas to copy from, nearest first, with their addresses.
         sources: Vec<(CsId, SocketAddr)>,
-        /// A copy is known to have existed. While it is not, and no source has one, the chunk was allocated and never
-        /// created.
+        /// A source is known to have had its copy. While none is, and none has one now, the chunk was allocated and no
+        /// write to it can have been acknowledged: all its current replicas would have created it before.
         created: bool,
     },
     /// Delete the copy: the chunk is gone or lives elsewhere. Only if the copy's version is at most `version`.
