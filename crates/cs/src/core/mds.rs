@@ -26,6 +26,11 @@ const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(
 const DONE_MAX: usize = 16_384;
 /// Finished orders and damaged blocks in one heartbeat.
 const HEARTBEAT_LIST_MAX: usize = 1024;
+/// Before it first registered, a server that is turned away this often as one of another cluster gives up. More than
+/// once, because lists of metadata servers are sometimes wrong for a moment while a cluster is moved.
+const STRANGER_MAX: u32 = 10;
+/// How handshakes end at a metadata server of another cluster, or of one that was made anew under the same name.
+const STRANGER: [&str; 2] = ["another identity", "belongs to cluster"];
 /// A server that points to a leader is believed this often in a row before the next pause.
 const HOPS_MAX: u32 = 3;
 
@@ -53,6 +58,8 @@ pub(super) struct MdsLink {
     /// Named by a follower.
     leader: Option<SocketAddr>,
     hops: u32,
+    /// Times a metadata server of another cluster answered.
+    strangers: u32,
     backoff: Duration,
     registered: bool,
     ever_registered: bool,
@@ -77,6 +84,7 @@ impl MdsLink {
             target: 0,
             leader: None,
             hops: 0,
+            strangers: 0,
             backoff: BACKOFF[0],
             registered: false,
             ever_registered: false,
@@ -252,6 +260,17 @@ impl CsCore {
             return false;
         }
         self.mds_pause(now, reason, out);
+        if !self.mds.ever_registered && STRANGER.iter().any(|text| reason.contains(text)) {
+            self.mds.strangers += 1;
+            if self.mds.strangers >= STRANGER_MAX {
+                let reason = format!(
+                    "this chunk server is of cluster {}, and no metadata server of it was found: {reason} If the old cluster \
+                     is gone, make a chunk server anew in a new directory; otherwise correct the addresses in bs.list",
+                    self.config.cluster
+                );
+                self.stop(reason, out);
+            }
+        }
         true
     }
 
@@ -388,6 +407,7 @@ impl CsCore {
                     let delete = Control::Delete { chunk, version };
                     self.order_control(now, chunk, version, OrderKind::Delete, delete, out);
                 }
+                CsOrder::VerifyRate { chunks_per_minute } => self.set_scrub_rate(now, chunks_per_minute),
                 CsOrder::Rebuild { entry, volume, block_count, sources, created } => {
                     let (chunk, version) = (entry.chunk, entry.version);
                     let sane = (1..=cairn_store::CHUNK_BLOCKS_MAX).contains(&block_count)
