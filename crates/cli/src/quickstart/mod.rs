@@ -39,8 +39,9 @@ pub struct QuickstartArgs {
     /// Where everything is kept; started again with the same directory it serves the same data.
     #[arg(long, default_value = "cairn-quickstart")]
     dir: PathBuf,
-    /// Space of each chunk server, taken from the disk at once, four times; at least 512M, at most 3G unless given.
-    #[arg(long, visible_alias = "size", value_parser = crate::size)]
+    /// Space of each of the four chunk servers, taken from the disk at once, at least 512M; 3G unless given, or a
+    /// sixteenth of what is free if that is less.
+    #[arg(long, visible_alias = "size", value_name = "SIZE", value_parser = crate::size)]
     cs_size: Option<u64>,
     /// Do not mount the namespace.
     #[arg(long)]

@@ -116,12 +116,13 @@ pub enum CsVerb {
         #[arg(short = 'r', value_name = "DIR")]
         repository: PathBuf,
     },
-    /// Says in which rack, row, room and site the chunk server of a repository stands, from its next start on.
+    /// Names the rack, row, room and site the chunk server of a repository stands in, from its next start on.
+    ///
+    /// Names that are not given stay as they are; an empty one takes the name away.
     SetLocation {
         /// The repository directory.
         #[arg(short = 'r', value_name = "DIR")]
         repository: PathBuf,
-        /// Names that are not given stay as they are; an empty one takes the name away.
         #[command(flatten)]
         place: PlaceArgs,
     },
