@@ -1,6 +1,6 @@
 //! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
 //!
-//! One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are
+//! Copies just made are reported within seconds, all copies hourly. One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are
 //! tried in turn with a bounded, growing pause. Data requests never wait for any of this.
 
 use super::CsCore;
@@ -9,7 +9,7 @@ use super::rebuild::RebuildOrder;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 /// Time between heartbeats.
@@ -22,6 +22,10 @@ pub const REPORT_PAGE: usize = 4096;
 const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
 /// First and longest pause between attempts.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
+/// How long copies just made are collected before they are reported, so that many make one call.
+const CREATED_WAIT: Duration = Duration::from_secs(1);
+/// Copies just made and not reported yet; what is beyond it waits for the hourly report.
+const CREATED_MAX: usize = 65_536;
 /// Finished orders kept until a heartbeat has told them; the metadata servers repeat orders that are forgotten.
 const DONE_MAX: usize = 16_384;
 /// Finished orders and damaged blocks in one heartbeat.
@@ -69,6 +73,9 @@ pub(super) struct MdsLink {
     report_at: Instant,
     /// Copies still to be reported, ascending; and the highest id reported so far.
     report: Option<(VecDeque<ChunkId>, ChunkId)>,
+    /// Copies made since the last report began, and when to tell of them.
+    created: BTreeSet<ChunkId>,
+    created_due: Instant,
     done: VecDeque<OrderDone>,
     damaged: VecDeque<(ChunkId, u32)>,
     /// Something changed that a heartbeat should tell now.
@@ -93,6 +100,8 @@ impl MdsLink {
             heartbeat_at: Instant(0),
             report_at: Instant(0),
             report: None,
+            created: BTreeSet::new(),
+            created_due: Instant(0),
             done: VecDeque::new(),
             damaged: VecDeque::new(),
             urgent: false,
@@ -110,6 +119,16 @@ impl MdsLink {
 
     pub(super) fn heartbeat_now(&mut self) {
         self.urgent = true;
+    }
+
+    /// Remembers a copy that was made and is durable, for a report soon.
+    pub(super) fn note_created(&mut self, now: Now, chunk: ChunkId) {
+        if self.created.is_empty() {
+            self.created_due = now.mono + CREATED_WAIT;
+        }
+        if self.created.len() < CREATED_MAX {
+            self.created.insert(chunk);
+        }
     }
 
     /// Remembers the end of an order for the next heartbeat.
@@ -221,9 +240,13 @@ impl CsCore {
     /// The next piece of the chunk report, when one is due.
     fn report_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
         if self.mds.report.is_none() {
-            if now.mono < self.mds.report_at || self.failed.is_some() {
+            if self.failed.is_some() {
                 return None;
             }
+            if now.mono < self.mds.report_at {
+                return self.created_page(now, cs);
+            }
+            self.mds.created.clear();
             let mut ids: Vec<ChunkId> = self.store.chunks().map(|(chunk, _)| chunk).collect();
             ids.sort_unstable();
             self.mds.report = Some((ids.into(), ChunkId(0)));
@@ -233,13 +256,38 @@ impl CsCore {
         let (from, last) = (*after, ids.is_empty());
         *after = page.last().copied().unwrap_or(from);
         // Chunks made or deleted meanwhile: what is gone is left out, what is new is left for the next report.
-        let version_of = |chunk: &ChunkId| {
-            let info = self.store.chunk(*chunk)?;
-            let version = super::data::trusted_version(self, *chunk, info.version);
-            Some(ChunkReport { chunk: *chunk, version })
-        };
-        let chunks: Vec<ChunkReport> = page.iter().filter_map(version_of).collect();
+        let chunks: Vec<ChunkReport> = page.iter().filter_map(|chunk| self.chunk_report(*chunk)).collect();
         Some((Asked::Report { last }, MdsRequest::CsReport { cs, after: from, chunks, last }))
+    }
+
+    fn chunk_report(&self, chunk: ChunkId) -> Option<ChunkReport> {
+        let info = self.store.chunk(chunk)?;
+        let version = super::data::trusted_version(self, chunk, info.version);
+        Some(ChunkReport { chunk, version })
+    }
+
+    /// A piece of a report with neighbours among the copies just made. Its range holds nothing else, so it says of no
+    /// other copy that it is missing.
+    fn created_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
+        if self.mds.created.is_empty() || now.mono < self.mds.created_due {
+            return None;
+        }
+        let mut chunks: Vec<ChunkReport> = Vec::new();
+        while let Some(chunk) = self.mds.created.first().copied() {
+            let is_next = chunks.last().is_none_or(|last| last.chunk.0 + 1 == chunk.0);
+            if !is_next || chunks.len() >= REPORT_PAGE {
+                break;
+            }
+            self.mds.created.pop_first();
+            // Deleted already: the next one begins a range of its own.
+            match self.chunk_report(chunk) {
+                Some(report) => chunks.push(report),
+                None if chunks.is_empty() => {}
+                None => break,
+            }
+        }
+        let after = ChunkId(chunks.first()?.chunk.0.saturating_sub(1));
+        Some((Asked::Report { last: false }, MdsRequest::CsReport { cs, after, chunks, last: false }))
     }
 
     /// True when the link is the one to the metadata servers.
