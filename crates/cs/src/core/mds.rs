@@ -9,7 +9,7 @@ use super::rebuild::RebuildOrder;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 /// Time between heartbeats.
@@ -22,10 +22,11 @@ pub const REPORT_PAGE: usize = 4096;
 const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
 /// First and longest pause between attempts.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
-/// How long copies just made are collected before they are reported, so that many make one call.
+/// How long copies just made are collected before they are reported, so that many make one call, and how often those
+/// with unsettled writes are looked at.
 const CREATED_WAIT: Duration = Duration::from_secs(1);
 /// Copies just made and not reported yet; what is beyond it waits for the hourly report.
-const CREATED_MAX: usize = 65_536;
+const CREATED_MAX: usize = 8192;
 /// Finished orders kept until a heartbeat has told them; the metadata servers repeat orders that are forgotten.
 const DONE_MAX: usize = 16_384;
 /// Finished orders and damaged blocks in one heartbeat.
@@ -268,25 +269,33 @@ impl CsCore {
 
     /// A piece of a report with neighbours among the copies just made. Its range holds nothing else, so it says of no
     /// other copy that it is missing.
+    ///
+    /// A copy is told only when all writes to it are settled: then every replica of the chunk has it, and a chunk that is
+    /// known to have been created is missed by nobody.
     fn created_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
         if self.mds.created.is_empty() || now.mono < self.mds.created_due {
             return None;
         }
-        let mut chunks: Vec<ChunkReport> = Vec::new();
-        while let Some(chunk) = self.mds.created.first().copied() {
-            let is_next = chunks.last().is_none_or(|last| last.chunk.0 + 1 == chunk.0);
-            if !is_next || chunks.len() >= REPORT_PAGE {
-                break;
-            }
-            self.mds.created.pop_first();
-            // Deleted already: the next one begins a range of its own.
-            match self.chunk_report(chunk) {
-                Some(report) => chunks.push(report),
-                None if chunks.is_empty() => {}
-                None => break,
+        let created = std::mem::take(&mut self.mds.created);
+        let here = created.into_iter().filter_map(|chunk| Some((chunk, self.store.chunk(chunk)?)));
+        let (mut tails, mut waiting) = (BTreeMap::new(), BTreeSet::new());
+        let mut page: Vec<ChunkId> = Vec::new();
+        for (chunk, info) in here {
+            let unsettled: &BTreeSet<ChunkId> = tails
+                .entry(info.volume)
+                .or_insert_with(|| self.store.tail(info.volume).map(|entry| entry.chunk).collect());
+            let is_next = page.last().is_none_or(|last| last.0 + 1 == chunk.0) && page.len() < REPORT_PAGE;
+            match info.mapped_blocks > 0 && !unsettled.contains(&chunk) && is_next {
+                true => page.push(chunk),
+                false => drop(waiting.insert(chunk)),
             }
         }
-        let after = ChunkId(chunks.first()?.chunk.0.saturating_sub(1));
+        self.mds.created = waiting;
+        if page.is_empty() {
+            self.mds.created_due = now.mono + CREATED_WAIT;
+        }
+        let after = ChunkId(page.first()?.0.saturating_sub(1));
+        let chunks = page.iter().filter_map(|chunk| self.chunk_report(*chunk)).collect();
         Some((Asked::Report { last: false }, MdsRequest::CsReport { cs, after, chunks, last: false }))
     }
 
