@@ -123,6 +123,7 @@ pub enum CsVerb {
         /// The repository directory.
         #[arg(short = 'r', value_name = "DIR")]
         repository: PathBuf,
+        /// The names.
         #[command(flatten)]
         place: PlaceArgs,
     },
