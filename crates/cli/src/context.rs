@@ -1,12 +1,13 @@
 //! What every verb needs: which cluster, its key, its metadata servers, a client session.
 
+use crate::exit::usage;
 use crate::{Cli, Output};
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use cairn_client::cluster::{self, ClusterFiles};
 use cairn_client::{ClientConfig, LocalClient, OnNoSpace};
 use cairn_types::HostId;
 use cairn_wire::auth::{ClusterKey, is_cluster_name};
-use cairn_wire::mds::{MdsError, MdsReply, MdsRequest, SessionKind};
+use cairn_wire::mds::{MdsReply, MdsRequest, SessionKind};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,8 @@ pub const MDS_PORT: u16 = 2510;
 pub struct Context {
     cluster: Option<String>,
     mds_addr: Vec<String>,
+    /// Addresses given to be remembered; kept in bs.list once the cluster has answered there.
+    bootstrap: Vec<SocketAddr>,
     output: Output,
     /// Where clusters and keys are kept on this node.
     root: PathBuf,
@@ -26,12 +29,26 @@ impl Context {
     /// From the command line.
     pub fn new(cli: &Cli) -> Self {
         let cluster = cli.cluster.clone().or_else(|| std::env::var("CAIRN_CLUSTER").ok());
-        Self { cluster, mds_addr: cli.mds_addr.clone(), output: cli.output, root: cluster::config_dir() }
+        let (mds_addr, root) = (cli.mds_addr.clone(), cluster::config_dir());
+        Self { cluster, mds_addr, bootstrap: Vec::new(), output: cli.output, root }
     }
 
     /// A context for a named cluster.
     pub fn of(cluster: &str, root: &Path) -> Self {
-        Self { cluster: Some(cluster.to_owned()), mds_addr: Vec::new(), output: Output::Text, root: root.to_owned() }
+        let (cluster, root) = (Some(cluster.to_owned()), root.to_owned());
+        Self { cluster, mds_addr: Vec::new(), bootstrap: Vec::new(), output: Output::Text, root }
+    }
+
+    /// The same with further metadata servers to ask (`-b`).
+    pub fn with_bootstrap(&self, bootstrap: &[String]) -> Result<Self> {
+        let addrs = bootstrap.iter().map(|text| address(text, MDS_PORT)).collect::<Result<_>>()?;
+        let (cluster, mds_addr, root) = (self.cluster.clone(), self.mds_addr.clone(), self.root.clone());
+        Ok(Self { cluster, mds_addr, bootstrap: addrs, output: self.output, root })
+    }
+
+    /// Remembers the addresses of [`Context::with_bootstrap`]: the cluster has answered.
+    pub fn keep_bootstrap(&self) -> Result<()> {
+        self.add_to_bs_list(&self.bootstrap)
     }
 
     /// The files of the cluster on this node.
@@ -61,10 +78,10 @@ impl Context {
     /// Name of the cluster.
     pub fn name(&self) -> Result<&str> {
         let Some(name) = self.cluster.as_deref() else {
-            bail!("name the cluster with -c NAME or CAIRN_CLUSTER");
+            return Err(usage("name the cluster with -c NAME or CAIRN_CLUSTER"));
         };
         if !is_cluster_name(name) {
-            bail!("`{name}` is not a cluster name: use 1 to 63 of a-z A-Z 0-9 - _");
+            return Err(usage(format!("`{name}` is not a cluster name: use 1 to 63 of a-z A-Z 0-9 - _")));
         }
         Ok(name)
     }
@@ -79,7 +96,11 @@ impl Context {
         if !self.mds_addr.is_empty() {
             return self.mds_addr.iter().map(|text| address(text, MDS_PORT)).collect();
         }
-        Ok(self.files()?.servers()?)
+        let files = self.files()?;
+        if self.bootstrap.is_empty() || files.bs_list_path().exists() {
+            return Ok(self.bootstrap.iter().copied().chain(files.servers()?).collect());
+        }
+        Ok(self.bootstrap.clone())
     }
 
     /// Identity of this host.
@@ -141,7 +162,7 @@ pub fn address(text: &str, port: u16) -> Result<SocketAddr> {
     }
     let (host, port) = match text.rsplit_once(':') {
         Some((host, number)) => {
-            let number = number.parse().map_err(|_| anyhow::anyhow!("`{text}`: `{number}` is not a port number"))?;
+            let number = number.parse().map_err(|_| usage(format!("`{text}`: `{number}` is not a port number")))?;
             (host, number)
         }
         None => (text, port),
@@ -152,5 +173,5 @@ pub fn address(text: &str, port: u16) -> Result<SocketAddr> {
 
 /// The answer was not of the kind the request promises: a version mix-up.
 pub fn unexpected(reply: &MdsReply) -> anyhow::Error {
-    anyhow::Error::from(MdsError::Invalid(format!("unexpected answer {reply:?}; are all nodes of one version?")))
+    anyhow::anyhow!("unexpected answer {reply:?}; are all nodes of one version?")
 }

@@ -1,6 +1,7 @@
 //! Exit codes, documented in `docs/guide/cli.md`.
 
 use cairn_client::ConnectError;
+use cairn_client::cluster::ClusterFileError;
 use cairn_wire::mds::MdsError;
 
 /// Done.
@@ -14,6 +15,16 @@ pub const UNREACHABLE: i32 = 3;
 /// The password or key was refused.
 pub const REFUSED: i32 = 4;
 
+/// Arguments that make no sense, where the parser of the command line cannot know it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// An error that ends the program with [`USAGE`].
+pub fn usage(text: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::from(Usage(text.into()))
+}
+
 /// The exit code for an error chain.
 pub fn code_of(error: &anyhow::Error) -> i32 {
     for cause in error.chain() {
@@ -24,7 +35,9 @@ pub fn code_of(error: &anyhow::Error) -> i32 {
         if let Some(MdsError::Unavailable(_)) = cause.downcast_ref::<MdsError>() {
             return UNREACHABLE;
         }
-        if let Some(MdsError::Invalid(_)) = cause.downcast_ref::<MdsError>() {
+        let invalid = matches!(cause.downcast_ref::<MdsError>(), Some(MdsError::Invalid(_)));
+        let bad_name = matches!(cause.downcast_ref::<ClusterFileError>(), Some(ClusterFileError::Name(_)));
+        if invalid || bad_name || cause.is::<Usage>() || cause.is::<cairn_fuse::MountArgsError>() {
             return USAGE;
         }
     }

@@ -63,7 +63,7 @@ pub enum Verb {
     MakeCs(verbs::cs::MakeCsArgs),
     /// Removes a chunk server: drains it first.
     RmCs(verbs::cs::RmCsArgs),
-    /// Runs a chunk server.
+    /// Runs a chunk server, or says where it stands.
     #[command(subcommand)]
     Cs(verbs::cs::CsVerb),
     /// Mounts the cluster's namespace.

@@ -311,7 +311,15 @@ impl CsCore {
             if let Some(opened) = self.store_out.opened.take() {
                 match opened {
                     Ok(report) => self.on_opened(now, report, out),
-                    Err(error) => self.stop(format!("the chunk store cannot be opened: {error}"), out),
+                    Err(error) => {
+                        let reason = format!(
+                            "the chunk store cannot be opened: {error}; `cairn doctor cs {dir}` says what is left of it. If it \
+                             stays so, remove this server with `cairn rm-cs -f` and make a new one: its chunks are copied \
+                             from the others",
+                            dir = self.config.repository
+                        );
+                        self.stop(reason, out);
+                    }
                 }
             }
             for notice in std::mem::take(&mut self.store_out.notices) {

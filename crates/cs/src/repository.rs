@@ -100,7 +100,9 @@ pub enum RepositoryError {
         dir: PathBuf,
     },
     /// `cs.conf` cannot be understood.
-    #[error("{}, line {line}: {what}", .path.display())]
+    #[error("{} is damaged{}: {what}; put the file back from a backup (`cairn doctor cs` says which cluster and store it \
+             is of), or remove this server with `cairn rm-cs -f` and make a new one: its chunks are copied from the others",
+             .path.display(), if *.line == 0 { String::new() } else { format!(", line {line}") })]
     Conf {
         /// The file.
         path: PathBuf,

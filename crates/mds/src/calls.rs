@@ -6,7 +6,7 @@ use cairn_consensus::ProposeError;
 use cairn_meta::{Command, Recipient};
 use cairn_stdx::FixedMap;
 use cairn_types::{ClientId, CsId, NodeId};
-use cairn_wire::mds::{Call, ClusterHealth, MdsError, MdsReply, MdsRequest, Push};
+use cairn_wire::mds::{Call, ClusterHealth, CsOrder, MdsError, MdsReply, MdsRequest, Push};
 use cairn_wire::{Effects, FrameKind, LinkId, Now};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -201,7 +201,10 @@ impl<B: Base> MdsCore<B> {
         if news || lasting {
             return self.propose_call(now, asked, call, effects);
         }
-        let orders = self.meta.orders_for(*cs, ORDERS_MAX);
+        let mut orders = self.meta.orders_for(*cs, ORDERS_MAX);
+        // Told every time: the server keeps no parameters, and it may have started a moment ago.
+        let chunks_per_minute = u32::try_from(self.meta.config("mds.wd.verify_chunks")).unwrap_or(u32::MAX);
+        orders.push(CsOrder::VerifyRate { chunks_per_minute });
         send_answer(asked, &Ok(MdsReply::Orders(orders)), effects);
     }
 

@@ -59,7 +59,8 @@ pub enum RepositoryError {
         path: PathBuf,
     },
     /// `mds.json` cannot be understood.
-    #[error("{path}: {reason}", path = path.display())]
+    #[error("{path} is damaged: {reason}; put it back from a backup, or remove this server from the cluster with \
+             `cairn rm-mds` and make a new one: the others have everything", path = path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

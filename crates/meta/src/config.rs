@@ -124,6 +124,16 @@ fn unknown(key: &str) -> MdsError {
     MdsError::Invalid(format!("there is no parameter `{short}`; {hint}"))
 }
 
+/// The key and number of a pair that may be set.
+fn check(key: &str, value: &str) -> Result<(&'static str, u64), MdsError> {
+    let parameter = PARAMETERS.iter().find(|parameter| parameter.key == key).ok_or_else(|| unknown(key))?;
+    let number = value.parse().ok().filter(|number| (parameter.min..=parameter.max).contains(number));
+    number.map(|number| (parameter.key, number)).ok_or_else(|| {
+        let Parameter { min, max, doc, .. } = parameter;
+        MdsError::Invalid(format!("{key} is a number from {min} to {max}: {doc}"))
+    })
+}
+
 impl<K: Kv> Meta<K> {
     /// Value of a parameter, `mds.wd.offline_tout` for instance.
     ///
@@ -134,24 +144,18 @@ impl<K: Kv> Meta<K> {
         self.globals.config.get(key).copied().unwrap_or(parameter.default)
     }
 
-    pub(crate) fn config_set(&mut self, key: &str, value: &str) -> Answer {
-        let parameter = PARAMETERS.iter().find(|parameter| parameter.key == key).ok_or_else(|| unknown(key))?;
-        let range = || {
-            MdsError::Invalid(format!(
-                "{key} is a number from {} to {}: {}",
-                parameter.min, parameter.max, parameter.doc
-            ))
-        };
-        let value: u64 = value.parse().map_err(|_| range())?;
-        if !(parameter.min..=parameter.max).contains(&value) {
-            return Err(range());
+    /// Sets all of the parameters, or none when one is wrong.
+    pub(crate) fn config_set(&mut self, pairs: &[(String, String)]) -> Answer {
+        let checked: Vec<(&'static str, u64)> =
+            pairs.iter().map(|(key, value)| check(key, value)).collect::<Result<_, _>>()?;
+        for (key, value) in checked {
+            let before = self.config(key);
+            self.globals.config.insert(key.to_owned(), value);
+            self.slots = None;
+            self.changed();
+            self.digest(&cairn_wire::encode(&(key, value)));
+            self.event(Severity::Info, "MDS-1010", format!("{key} was set to {value}, it was {before}"));
         }
-        let before = self.config(key);
-        self.globals.config.insert(key.to_owned(), value);
-        self.slots = None;
-        self.changed();
-        self.digest(&cairn_wire::encode(&(key, value)));
-        self.event(Severity::Info, "MDS-1010", format!("{key} was set to {value}, it was {before}"));
         Ok(MdsReply::Done)
     }
 }

@@ -32,7 +32,11 @@ impl<K: Kv> Meta<K> {
                     return Err(MdsError::Invalid("the nonce is drawn and not zero".into()));
                 }
                 if let Some(member) = self.globals.members.values().find(|member| member.info.addr == addr) {
-                    return Err(MdsError::Exists(format!("{} at {addr}; remove it first", member.info.mds)));
+                    let (mds, hint) = match member.leaving {
+                        true => (member.info.mds, "it is leaving the cluster; try again in a moment"),
+                        false => (member.info.mds, "give another address, or remove that server first"),
+                    };
+                    return Err(MdsError::Refused(format!("{mds} of this cluster has the address {addr}; {hint}")));
                 }
                 if self.globals.members.len() >= MEMBERS_MAX {
                     return Err(MdsError::Refused(format!("a cluster has at most {MEMBERS_MAX} metadata servers")));

@@ -210,7 +210,7 @@ impl<K: Kv> Meta<K> {
             RemoveXattr { inode, name } => self.remove_xattr(inode, &name, now_ns),
             OpenHandle { inode } => self.open_handle(client, inode),
             CloseHandle { inode } => self.close_handle(client, inode),
-            AttributeSet { inode, key, value } => self.attribute_set(inode, &key, &value, now_ns),
+            AttributesSet { inode, pairs } => self.attributes_set(inode, &pairs, now_ns),
             VolumeCreate { name, size, options } => self.volume_create(name, size, &options, now_ns),
             VolumeResize { volume, size, shrink } => self.volume_resize(client, volume, size, shrink, now_ns),
             VolumeDelete { volume } => self.volume_delete(volume),
@@ -230,7 +230,7 @@ impl<K: Kv> Meta<K> {
             }
             CsReport { cs, after, chunks, last } => self.cs_report(cs, after, &chunks, last),
             CsRemove { cs, force, cancel } => self.cs_remove(cs, force, cancel),
-            ConfigSet { key, value } => self.config_set(&key, &value),
+            ConfigSet { pairs } => self.config_set(&pairs),
             MdsAdd { addr, repository, nonce } => self.mds_add(addr, repository, nonce),
             MdsRemove { mds } => self.mds_remove(mds),
             KvPut { key, value, expected } => self.user_put(&key, value, expected),

@@ -93,11 +93,13 @@ impl<K: Kv> Meta<K> {
         Ok(MdsReply::Pairs(self.inode(inode)?.policy.pairs()))
     }
 
-    pub(crate) fn attribute_set(&mut self, inode: InodeId, key: &str, value: &str, now_ns: u64) -> Answer {
+    pub(crate) fn attributes_set(&mut self, inode: InodeId, pairs: &[(String, String)], now_ns: u64) -> Answer {
         let mut record = self.inode(inode)?;
         let before = record.policy;
-        // Paths on the command line come with a slash: `-p /failure-domain=disk`.
-        record.policy.set(key.strip_prefix('/').unwrap_or(key), &short(value))?;
+        for (key, value) in pairs {
+            // Paths on the command line come with a slash: `-p /failure-domain=disk`.
+            record.policy.set(key.strip_prefix('/').unwrap_or(key), &short(value))?;
+        }
         if record.policy == before {
             return Ok(MdsReply::Done);
         }

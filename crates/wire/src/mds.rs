@@ -231,14 +231,12 @@ pub enum MdsRequest {
         /// The inode; a block volume's id as inode works too.
         inode: InodeId,
     },
-    /// Sets one attribute; new files and directories inherit it.
-    AttributeSet {
+    /// Sets attributes, all of them or none; new files and directories inherit them.
+    AttributesSet {
         /// The inode.
         inode: InodeId,
-        /// Key.
-        key: String,
-        /// Value, checked.
-        value: String,
+        /// Keys and values, checked.
+        pairs: Vec<(String, String)>,
     },
 
     // Block volumes.
@@ -411,12 +409,10 @@ pub enum MdsRequest {
     },
     /// All configuration parameters; answered by [`MdsReply::Pairs`].
     ConfigList,
-    /// Sets a configuration parameter, as `mds.wd.offline_tout`.
+    /// Sets configuration parameters, as `mds.wd.offline_tout`; all of them or none.
     ConfigSet {
-        /// Key.
-        key: String,
-        /// Value, checked.
-        value: String,
+        /// Keys and values, checked.
+        pairs: Vec<(String, String)>,
     },
     /// Asks for admission of a metadata server; answered by [`MdsReply::MdsAdmitted`].
     MdsAdd {

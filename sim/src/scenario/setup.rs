@@ -42,11 +42,14 @@ impl Scenario {
             self.cluster.create_cs();
         }
         self.wait("chunk servers register", STEP_MAX, |s| s.cluster.cs.iter().all(|cs| cs.id.is_some()))?;
+        // The scrub goes at the pace the metadata servers name, from their first answer to a heartbeat on.
+        let pairs = vec![("mds.wd.verify_chunks".to_owned(), self.plan.shape.scrub.to_string())];
+        self.call_and_wait(MdsRequest::ConfigSet { pairs })?;
         if let Some(seconds) = self.plan.offline_after {
             for (key, value) in
                 [("mds.wd.offline_tout", seconds), ("mds.wd.max_offline_cs", 0), ("mds.wd.max_offline_cs_hosts", 0)]
             {
-                let request = MdsRequest::ConfigSet { key: key.to_owned(), value: value.to_string() };
+                let request = MdsRequest::ConfigSet { pairs: vec![(key.to_owned(), value.to_string())] };
                 self.call_and_wait(request)?;
             }
         }

@@ -1,11 +1,13 @@
 //! System tests: real processes of the released executable under real tools and real crashes.
 //!
 //! Run with `cargo build --release -p cairn && cargo test --release -p cairn-tests -- --test-threads=1`; `CAIRN_BIN`
-//! names another executable, `CAIRN_TEST_DIR` another place for the clusters. Long variants: `-- --ignored`.
+//! names another executable, `CAIRN_TEST_DIR` another place for the clusters, `CAIRN_FSX_SECONDS` how long the random
+//! operations of `fsx` go on. Long variants: `-- --ignored`.
 
 mod by_hand;
 mod crash;
 mod fsx;
+mod nbd;
 mod postgres;
 mod quickstart;
 mod tools;

@@ -53,6 +53,35 @@ fn a_stopped_cluster_serves_the_same_files_and_blocks_again() {
 }
 
 #[test]
+fn damaged_servers_are_named_and_the_cluster_starts_without_them() {
+    let mut cluster = Cluster::start(Duration::from_secs(300));
+    let mut model = cairn_tests::stamped::Model::new(13);
+    model.run_steps(&mut cluster.nbd(), 4096, 300);
+    model.flush(&mut cluster.nbd()).expect("flush");
+    cluster.stop();
+    let store = |name: &str| cluster.dir().join(name).display().to_string();
+    let healthy = cluster.cairn(&["doctor", "cs", &store("cs1"), "--deep"]).must_succeed("doctor of a healthy store");
+    assert!(healthy.contains("healthy"), "{healthy}");
+    // Both copies of the superblock of one store, and the identity of a metadata server.
+    let file = std::fs::File::options().write(true).open(cluster.dir().join("cs2/store")).expect("open the store");
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![0xee; 2 << 20], 0).expect("damage the store");
+    std::fs::write(cluster.dir().join("mds3/mds.json"), "{").expect("damage the identity");
+    let damaged = cluster.cairn(&["doctor", "cs", &store("cs2")]);
+    assert!(damaged.code == 1 && damaged.stdout.contains("DAMAGE"), "{}", damaged.text());
+
+    cluster.start_again();
+    let said = std::fs::read_to_string(cluster.beside("q.log")).expect("quickstart has a log");
+    let parts = ["cs2 does not start", "cairn doctor cs", "cairn rm-cs -f", "mds3 does not start", "cairn rm-mds 3"];
+    parts.iter().for_each(|part| assert!(said.contains(part), "{part} is missing: {said}"));
+    let blocks = model.check_all(&mut cluster.nbd(), false);
+    model.run_steps(&mut cluster.nbd(), 4096, 100);
+    eprintln!("{blocks} blocks are the same without two servers, and more can be written");
+    let stat = cluster.json(&["stat"]).expect("the cluster answers");
+    assert_eq!(stat["health"], "degraded", "{stat}");
+    cluster.stop();
+}
+
+#[test]
 fn a_directory_in_use_or_of_something_else_is_refused() {
     let cluster = Cluster::start(Duration::from_secs(150));
     let dir = cluster.dir().display().to_string();

@@ -4,7 +4,7 @@ use super::layout::Layout;
 use anyhow::{Context as _, Result, bail};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -26,11 +26,22 @@ pub struct Running {
     reported: bool,
 }
 
+/// A daemon that ended by itself.
+pub struct Ended {
+    /// As in [`Running`].
+    pub label: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// The last line of its log.
+    pub last_words: String,
+}
+
 /// All daemons of the cluster.
 pub struct Children<'a> {
     layout: &'a Layout,
     exe: PathBuf,
     running: Vec<Running>,
+    ended: Vec<Ended>,
 }
 
 /// Set by SIGINT and SIGTERM.
@@ -76,7 +87,7 @@ fn now() -> Instant {
 impl<'a> Children<'a> {
     /// No daemons yet.
     pub fn new(layout: &'a Layout) -> Result<Self> {
-        Ok(Self { layout, exe: std::env::current_exe()?, running: Vec::new() })
+        Ok(Self { layout, exe: std::env::current_exe()?, running: Vec::new(), ended: Vec::new() })
     }
 
     /// The daemons, in the order they were started.
@@ -112,23 +123,46 @@ impl<'a> Children<'a> {
         Ok(())
     }
 
-    /// Fails when a daemon has ended, with the end of what it said.
-    pub fn fail_if_any_ended(&mut self) -> Result<()> {
-        for running in &mut self.running {
-            if let Some(status) = running.child.try_wait()? {
-                let log = std::fs::read_to_string(self.layout.log_file(&running.label)).unwrap_or_default();
-                let last = log.lines().last().unwrap_or("it said nothing");
-                bail!("{} ended with {status}: {last}", running.label);
-            }
+    /// The daemons that have ended while the cluster started.
+    pub fn ended(&self) -> &[Ended] {
+        &self.ended
+    }
+
+    /// Looks which daemons have ended since the last look and takes them from the list.
+    pub fn notice_ended(&mut self) -> Result<&[Ended]> {
+        let known = self.ended.len();
+        let mut at = 0;
+        while at < self.running.len() {
+            let Some(status) = self.running[at].child.try_wait()? else {
+                at += 1;
+                continue;
+            };
+            let label = self.running.remove(at).label;
+            let last_words = self.last_words(&label);
+            self.ended.push(Ended { label, status, last_words });
         }
-        Ok(())
+        Ok(&self.ended[known..])
+    }
+
+    /// Fails when the daemon started last, a front end, has ended.
+    fn fail_if_front_end_ended(&mut self) -> Result<()> {
+        let Some(running) = self.running.last_mut() else { return Ok(()) };
+        let Some(status) = running.child.try_wait()? else { return Ok(()) };
+        let label = running.label.clone();
+        bail!("{label} ended with {status}: {}", self.last_words(&label))
+    }
+
+    /// The last line of a daemon's log.
+    fn last_words(&self, label: &str) -> String {
+        let log = std::fs::read_to_string(self.layout.log_file(label)).unwrap_or_default();
+        log.lines().last().unwrap_or("it said nothing").to_owned()
     }
 
     /// Waits until the NBD server accepts connections.
     pub fn wait_for_nbd(&mut self, addr: &str) -> Result<()> {
         let begun = now();
         while std::net::TcpStream::connect(addr).is_err() {
-            self.fail_if_any_ended()?;
+            self.fail_if_front_end_ended()?;
             if begun.elapsed() > FRONT_END_DEADLINE {
                 bail!("the NBD server does not answer on {addr}; see {}", self.layout.log_file("nbd").display());
             }
@@ -141,7 +175,7 @@ impl<'a> Children<'a> {
     pub fn wait_for_mount(&mut self, dir: &Path) -> Result<()> {
         let begun = now();
         while !is_mount_point(dir) {
-            self.fail_if_any_ended()?;
+            self.fail_if_front_end_ended()?;
             if begun.elapsed() > FRONT_END_DEADLINE {
                 bail!("{} is not mounted; see {}", dir.display(), self.layout.log_file("mount").display());
             }

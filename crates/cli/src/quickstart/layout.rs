@@ -6,11 +6,12 @@
 //! DIR/mds1..3  DIR/cs1..4   repositories
 //! DIR/mnt  DIR/nbd.sock     mount point and socket
 //! DIR/log/              output of the daemons
+//! DIR/env               read by a shell to use the cluster
 //! ```
 
 use crate::context::Context;
 use crate::verbs;
-use crate::verbs::cs::CsOptions;
+use crate::verbs::cs::{CsOptions, Place};
 use anyhow::{Context as _, Result, bail};
 use cairn_cs::MakeCs;
 use cairn_types::{ClusterId, HostId};
@@ -79,7 +80,12 @@ impl Layout {
         let cs_size = cs_size.unwrap_or(CS_SIZE_DEFAULT.min(free / 16)) & !((1 << 20) - 1);
         if cs_size < CS_SIZE_MIN {
             let free = cairn_types::format_size(free);
-            bail!("{} has {free} free; a quickstart cluster needs at least 6 GiB", dir.display());
+            bail!(
+                "{} has {free} free, and a chunk server would get {}; give --cs-size, at least {} and four times that free",
+                dir.display(),
+                cairn_types::format_size(cs_size),
+                cairn_types::format_size(CS_SIZE_MIN)
+            );
         }
         let mut ports = free_ports(MDS_COUNT + CS_COUNT + 1)?.into_iter();
         let state = State {
@@ -179,8 +185,39 @@ impl Layout {
         Ok(ClusterKey::derive(&self.state.cluster, &password)?)
     }
 
-    fn mds_addr(&self, n: usize) -> SocketAddr {
+    /// Address of metadata server `n`, from 1.
+    pub fn mds_addr(&self, n: usize) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.state.mds_ports[n - 1]))
+    }
+
+    /// Address of chunk server `n`, from 1.
+    pub fn cs_addr(&self, n: usize) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.state.cs_ports[n - 1]))
+    }
+
+    /// What a shell reads (`. DIR/env`) to use this cluster.
+    pub fn environment_file(&self) -> PathBuf {
+        self.dir.join("env")
+    }
+
+    /// Writes that file.
+    pub fn write_environment(&self, nbd_uri: &str, mounted: bool) -> Result<()> {
+        let path = self.environment_file();
+        let quoted = |text: &Path| format!("'{}'", text.display().to_string().replace('\'', r"'\''"));
+        let mut text = format!(
+            "# To use this cluster in a shell: . {path}\nexport CAIRN_CLUSTER={name} CAIRN_CONFIG_DIR={etc}\n\
+             export CAIRN_QUICKSTART_DIR={dir} CAIRN_NBD='{nbd_uri}'\n\
+             case \":$PATH:\" in *:{bin}:*) ;; *) export PATH={bin}:\"$PATH\" ;; esac\n",
+            path = quoted(&path),
+            name = self.state.cluster,
+            etc = quoted(&self.config_dir()),
+            dir = quoted(&self.dir),
+            bin = quoted(&self.dir.join("bin")),
+        );
+        if mounted {
+            text.push_str(&format!("export CAIRN_MOUNT={}\n", quoted(&self.mount_dir())));
+        }
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
     }
 
     /// Makes the first metadata server.
@@ -194,7 +231,7 @@ impl Layout {
     /// Adds metadata server `n`.
     pub fn join_mds(&self, context: &Context, n: usize) -> Result<()> {
         cairn_mds::repository::prepare(&self.mds_dir(n))?;
-        verbs::mds::join(context, self.mds_addr(n), &self.mds_dir(n))?;
+        verbs::mds::join(context, &context.key()?, self.mds_addr(n), &self.mds_dir(n))?;
         Ok(())
     }
 
@@ -217,8 +254,8 @@ impl Layout {
             device: None,
             fill: false,
         };
-        let listen = SocketAddr::from(([127, 0, 0, 1], self.state.cs_ports[n - 1]));
-        verbs::cs::make_with_options(&make, &CsOptions { listen, durable_always: false })
+        let listen = self.cs_addr(n);
+        verbs::cs::make_with_options(&make, &CsOptions { listen, durable_always: false, place: Place::default() })
     }
 
     /// What a program needs to use this cluster.

@@ -28,14 +28,20 @@ const DEMO_SIZE: u64 = 4 << 30;
 /// Everything must serve within this time.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Fewer metadata servers than this are no majority, and nothing would serve.
+const MDS_MIN: usize = 2;
+/// With fewer chunk servers than this every write would wait: the minimum of copies of a new cluster.
+const CS_MIN: usize = 2;
+
 /// Options of `quickstart`.
 #[derive(Args, Debug)]
 pub struct QuickstartArgs {
     /// Where everything is kept; started again with the same directory it serves the same data.
     #[arg(long, default_value = "cairn-quickstart")]
     dir: PathBuf,
-    /// Space of each chunk server; only what is written is taken.
-    #[arg(long, value_parser = crate::size)]
+    /// Space of each of the four chunk servers, taken from the disk at once, at least 512M; 3G unless given, or a
+    /// sixteenth of what is free if that is less.
+    #[arg(long, visible_alias = "size", value_name = "SIZE", value_parser = crate::size)]
     cs_size: Option<u64>,
     /// Do not mount the namespace.
     #[arg(long)]
@@ -75,8 +81,9 @@ fn start_and_serve(
     fresh: bool,
     begun: Instant,
 ) -> Result<i32> {
+    layout.write_environment(&nbd_uri(layout), !args.no_mount && Path::new("/dev/fuse").exists())?;
     start_servers(layout, context, children, fresh)?;
-    wait_until_whole(context, children, stop)?;
+    wait_until_it_serves(layout, context, children, stop, fresh)?;
     let mounted = start_front_ends(args, layout, children)?;
     children.write_pids()?;
     if args.command.is_empty() {
@@ -116,19 +123,27 @@ fn start_servers(layout: &Layout, context: &Context, children: &mut Children<'_>
 }
 
 /// Waits, on one session, until every metadata server votes and every chunk server is active; then makes the demo
-/// volume.
-fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &children::StopFlag) -> Result<()> {
+/// volume. A cluster that served before goes on without servers that do not start, as long as enough are left.
+fn wait_until_it_serves(
+    layout: &Layout,
+    context: &Context,
+    children: &mut Children<'_>,
+    stop: &children::StopFlag,
+    fresh: bool,
+) -> Result<()> {
     let begun = now();
+    look_after(layout, children, fresh)?;
     context.block_on(async |client| {
         loop {
-            children.fail_if_any_ended()?;
+            look_after(layout, children, fresh)?;
             if stop.is_set() {
                 bail!("stopped while starting");
             }
             match client.call(MdsRequest::Stat).await {
-                Ok(MdsReply::Stat(stat)) if is_whole(&stat) => break,
+                Ok(MdsReply::Stat(stat)) if serves(layout, children, &stat) => break,
                 Ok(MdsReply::Stat(stat)) if begun.elapsed() > START_DEADLINE => {
-                    let (mds, cs) = (stat.mds.iter().filter(|m| m.voter).count(), active(&stat));
+                    let mds = stat.mds.iter().filter(|m| m.voter).count();
+                    let cs = stat.cs.iter().filter(|cs| cs.state == CsState::Active).count();
                     bail!(
                         "only {mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers serve; see the logs"
                     );
@@ -140,6 +155,9 @@ fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &child
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        if let Ok(MdsReply::Stat(stat)) = client.call(MdsRequest::Stat).await {
+            children.ended().iter().for_each(|ended| eprintln!("{}\n", how_to_mend(layout, &ended.label, &stat)));
+        }
         let options = VolumeOptions::default();
         let request = MdsRequest::VolumeCreate { name: DEMO_VOLUME.to_owned(), size: DEMO_SIZE, options };
         match client.call(request).await {
@@ -149,12 +167,62 @@ fn wait_until_whole(context: &Context, children: &mut Children<'_>, stop: &child
     })
 }
 
-fn active(stat: &ClusterStat) -> usize {
-    stat.cs.iter().filter(|cs| cs.state == CsState::Active).count()
+/// Looks whether servers have ended; an error when the cluster cannot do without them.
+fn look_after(layout: &Layout, children: &mut Children<'_>, fresh: bool) -> Result<()> {
+    for ended in children.notice_ended()? {
+        if fresh {
+            bail!("{} ended with {}: {}", ended.label, ended.status, ended.last_words);
+        }
+        eprintln!("{} does not start: {}", ended.label, ended.last_words);
+        eprintln!("  all it said: {}", layout.log_file(&ended.label).display());
+    }
+    let left = |role: &str| children.list().filter(|child| child.label.starts_with(role)).count();
+    let (mds, cs) = (left("mds"), left("cs"));
+    if mds < MDS_MIN || cs < CS_MIN {
+        bail!(
+            "{mds} of {MDS_COUNT} metadata and {cs} of {CS_COUNT} chunk servers run, and at least {MDS_MIN} and {CS_MIN} are \
+             needed to read and write; mend what the lines above name"
+        );
+    }
+    Ok(())
 }
 
-fn is_whole(stat: &ClusterStat) -> bool {
-    stat.mds.len() >= MDS_COUNT && stat.mds.iter().all(|mds| mds.voter) && active(stat) >= CS_COUNT
+/// True when all that runs serves.
+fn serves(layout: &Layout, children: &Children<'_>, stat: &ClusterStat) -> bool {
+    let runs = |label: &str| children.list().any(|child| child.label == label);
+    let is_active = |n: usize| {
+        let port = layout.state.cs_ports[n - 1];
+        stat.cs.iter().any(|cs| cs.addr.port() == port && cs.state == CsState::Active)
+    };
+    let members = stat.mds.len() >= MDS_COUNT || !children.ended().is_empty();
+    members && stat.mds.iter().all(|mds| mds.voter) && (1..=CS_COUNT).all(|n| !runs(&format!("cs{n}")) || is_active(n))
+}
+
+/// What to do about a server that does not start, in words and commands.
+fn how_to_mend(layout: &Layout, label: &str, stat: &ClusterStat) -> String {
+    let number = label.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<usize>().unwrap_or(1);
+    let environment = format!(". {}", layout.environment_file().display());
+    if label.starts_with("mds") {
+        let (dir, addr) = (layout.mds_dir(number), layout.mds_addr(number));
+        let id = stat.mds.iter().find(|mds| mds.addr == addr).map_or("ID".to_owned(), |mds| mds.mds.0.to_string());
+        return format!(
+            "The cluster runs without {label}; the others have all it had. To make it anew, in another terminal:\n  \
+             {environment}\n  cairn rm-mds {id}; rm -r {dir}\n  cairn make-mds -a {addr} -r {dir} && cairn mds run -r {dir}",
+            dir = dir.display()
+        );
+    }
+    let (dir, addr) = (layout.cs_dir(number), layout.cs_addr(number));
+    let known = stat.cs.iter().find(|cs| cs.addr == addr && cs.state != CsState::Dropped);
+    let id = known.map_or("ID".to_owned(), |cs| cs.cs.0.to_string());
+    let host = known.map_or("ID".to_owned(), |cs| cs.location.host.to_string());
+    let size = layout.state.cs_size >> 20;
+    format!(
+        "The cluster runs without {label}, degraded: {label}'s copies are made on the other servers after five minutes.\n\
+         To look at its disk: cairn doctor cs {dir}\nTo make it anew, in another terminal:\n  {environment}\n  \
+         cairn rm-cs -f {id} && rm -r {dir}\n  cairn make-cs -a {addr} -r {dir} --size {size}M --host-id {host} && \
+         cairn cs run -r {dir}",
+        dir = dir.display()
+    )
 }
 
 /// Starts NBD server and mount; true when the namespace is mounted.
@@ -196,23 +264,26 @@ fn run_command(args: &QuickstartArgs, layout: &Layout, mounted: bool) -> Result<
 }
 
 fn print_welcome(layout: &Layout, children: &Children<'_>, mounted: bool, took: Duration) {
-    let cluster = &layout.state.cluster;
-    println!("Cluster {cluster} serves after {:.1} s. It lives in {}.\n", took.as_secs_f64(), layout.dir.display());
+    let (cluster, dir) = (&layout.state.cluster, layout.dir.display());
+    let health = if children.ended().is_empty() { "serves" } else { "serves, degraded," };
+    println!("Cluster {cluster} {health} after {:.1} s. It lives in {dir}.\n", took.as_secs_f64());
     println!("{:<7} {:>7}  WHERE", "WHAT", "PID");
     for child in children.list() {
         println!("{:<7} {:>7}  {}", child.label, child.pid, child.place);
     }
-    println!("\nType in another terminal:");
-    println!("  export CAIRN_CLUSTER={cluster} CAIRN_CONFIG_DIR={}", layout.config_dir().display());
-    println!("  cairn stat                                  health, space, servers");
+    println!("\nType in another terminal, the first line first:");
+    println!("  . {}", layout.environment_file().display());
+    let mut lines = vec![("cairn stat".to_owned(), "health, space, servers")];
     if mounted {
-        println!("  cp -r /etc {}/      files, three copies each", layout.mount_dir().display());
+        lines.push(("cp -r /etc $CAIRN_MOUNT/".to_owned(), "files, three copies each"));
     }
-    println!("  qemu-img info {}       the demo volume over NBD", nbd_uri(layout));
-    println!("  cairn volume create disk1 10G               a volume of your own");
-    println!("  cairn bench --rw randwrite --iodepth 32     how fast it is, beside the raw disk");
+    lines.push(("qemu-img info $CAIRN_NBD".to_owned(), "the demo volume over NBD"));
+    lines.push(("cairn volume create disk1 10G".to_owned(), "a volume of your own"));
+    lines.push(("cairn bench --rw randwrite --iodepth 32".to_owned(), "how fast it is, beside the raw disk"));
     if let Some(victim) = children.list().find(|child| child.label.starts_with("cs")) {
-        println!("  kill -9 {}                                a chunk server dies; reads and writes go on", victim.pid);
+        lines.push((format!("kill -9 {}", victim.pid), "a chunk server dies; reads and writes go on"));
     }
+    let width = lines.iter().map(|(command, _)| command.len()).max().unwrap_or_default();
+    lines.iter().for_each(|(command, what)| println!("  {command:width$}  {what}"));
     println!("\nCtrl-C stops everything; the same command starts it again with the same data.");
 }

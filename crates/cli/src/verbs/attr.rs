@@ -1,6 +1,7 @@
 //! `get-attr` and `set-attr`: replication and placement of files and directories on a mount, or of block volumes.
 
 use crate::context::{Context, unexpected};
+use crate::exit::usage;
 use anyhow::{Context as _, Result, bail};
 use cairn_types::InodeId;
 use cairn_wire::mds::{MdsReply, MdsRequest};
@@ -49,7 +50,8 @@ async fn inode_of(client: &cairn_client::LocalClient, path: &Path, in_cluster: b
         return Ok(InodeId(meta.ino()));
     }
     let path = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()).to_vec();
-    match client.call(MdsRequest::Resolve { path }).await? {
+    let named = || format!("look up {} in the cluster", String::from_utf8_lossy(&path));
+    match client.call(MdsRequest::Resolve { path: path.clone() }).await.with_context(named)? {
         MdsReply::Attr(attr) => Ok(attr.inode),
         other => Err(unexpected(&other)),
     }
@@ -81,7 +83,7 @@ pub fn set(context: &Context, args: &SetAttrArgs) -> Result<()> {
         // The guide also writes the path and the attribute as one word: `set-attr -p /failure-domain=host`.
         match word.split_once('=') {
             Some((key, value)) => pairs.push((key.trim_start_matches('/').to_owned(), value.to_owned())),
-            None => bail!("`{word}` is not key=value, as in replicas=3:2"),
+            None => return Err(usage(format!("`{word}` is not key=value, as in replicas=3:2"))),
         }
     }
     let changed = context.block_on(async |client| {
@@ -91,9 +93,14 @@ pub fn set(context: &Context, args: &SetAttrArgs) -> Result<()> {
         }
         let mut changed = 0u64;
         while let Some(inode) = queue.pop() {
-            for (key, value) in &pairs {
-                client.call(MdsRequest::AttributeSet { inode, key: key.clone(), value: value.clone() }).await?;
-            }
+            let outcome = client.call(MdsRequest::AttributesSet { inode, pairs: pairs.clone() }).await;
+            outcome.with_context(|| {
+                if changed == 0 {
+                    "nothing was changed".to_owned()
+                } else {
+                    format!("{changed} files and directories were changed, then {inode} was refused")
+                }
+            })?;
             changed += 1;
             if args.recursive {
                 queue.extend(children(&client, inode).await?);

@@ -22,13 +22,16 @@ pub struct AuthNodeArgs {
 /// Runs `auth-node`.
 pub fn run(context: &Context, args: &AuthNodeArgs) -> Result<()> {
     let name = context.name()?;
-    super::mds::keep_bootstrap(context, &args.bootstrap)?;
+    let context = &context.with_bootstrap(&args.bootstrap)?;
+    context.mds()?;
     let password = password::ask(args.password_file.as_deref(), false)?;
     let key = ClusterKey::derive(name, &password)?;
     let config = context.client_config_with_key(key.clone(), SessionKind::Admin, "auth-node")?;
     block_on_config(config, async |client| Ok(client.call(MdsRequest::Topology).await?))?;
     let files = context.files()?;
+    // Nothing is kept before the cluster has agreed: a mistake leaves nothing behind.
     files.write_key(&key)?;
+    context.keep_bootstrap()?;
     eprintln!("this node may now use cluster {name}; its key is in {}", files.key_path().display());
     Ok(())
 }

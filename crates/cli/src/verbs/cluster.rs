@@ -1,7 +1,8 @@
 //! Verbs about the cluster as a whole: services, health, configuration, events, fencing.
 
 use crate::context::{Context, unexpected};
-use anyhow::{Context as _, Result, bail};
+use crate::exit::usage;
+use anyhow::{Result, bail};
 use cairn_types::{ClientId, format_size};
 use cairn_wire::mds::{ClusterHealth, ClusterStat, CsInfo, CsState, MdsInfo, MdsReply, MdsRequest, Severity};
 use clap::Args;
@@ -64,6 +65,14 @@ pub fn state_word(state: CsState) -> &'static str {
     }
 }
 
+/// Site, room, row and rack of a chunk server, the widest first; empty when the operator gave none.
+fn place_word(cs: &CsInfo) -> String {
+    let place = &cs.location;
+    let named = [("site", &place.site), ("room", &place.room), ("row", &place.row), ("rack", &place.rack)];
+    let given = named.iter().filter(|(_, name)| !name.is_empty());
+    given.map(|(level, name)| format!("{level} {name}")).collect::<Vec<_>>().join(", ")
+}
+
 fn mds_word(stat: &ClusterStat, server: &MdsInfo) -> &'static str {
     match server {
         _ if stat.leader == Some(server.mds) => "leader",
@@ -85,6 +94,7 @@ fn health_word(health: ClusterHealth) -> &'static str {
 fn cs_json(cs: &CsInfo) -> serde_json::Value {
     json!({
         "id": cs.cs.0, "addr": cs.addr, "host": cs.location.host_name, "host_id": cs.location.host.to_string(),
+        "rack": cs.location.rack, "row": cs.location.row, "room": cs.location.room, "site": cs.location.site,
         "state": state_word(cs.state), "tier": cs.tier, "capacity": cs.stats.capacity, "used": cs.stats.used,
         "chunks": cs.stats.chunks, "repository": cs.repository,
     })
@@ -132,27 +142,30 @@ pub fn stat(context: &Context) -> Result<()> {
     println!("Space: {total} raw, {used} used, {free} free");
     println!("Files and directories: {}, volumes: {}", stat.inodes, stat.volumes);
     print_chunks(&stat);
-    println!("\n{:<6} {:<22} {:<9}", "MDS", "ADDRESS", "STATE");
+    println!("\n{:<6} {:<22} STATE", "MDS", "ADDRESS");
     for server in &stat.mds {
         let state = mds_word(&stat, server);
-        println!("{:<6} {:<22} {state:<9}", server.mds.0, server.addr);
+        println!("{:<6} {:<22} {state}", server.mds.0, server.addr);
     }
+    let place_title = if stat.cs.iter().all(|cs| place_word(cs).is_empty()) { "" } else { "  PLACE" };
     println!(
-        "\n{:<6} {:<22} {:<16} {:<9} {:>4} {:>10} {:>10} {:>7} {:>6}",
+        "\n{:<6} {:<22} {:<16} {:<9} {:>4} {:>10} {:>10} {:>7} {:>6}{place_title}",
         "CS", "ADDRESS", "HOST", "STATE", "TIER", "SPACE", "USED", "CHUNKS", "QUEUE"
     );
     for cs in &stat.cs {
         let (space, used) = (format_size(cs.stats.capacity), format_size(cs.stats.used));
-        println!(
-            "{:<6} {:<22} {:<16} {:<9} {:>4} {space:>10} {used:>10} {:>7} {:>6}",
+        let line = format!(
+            "{:<6} {:<22} {:<16} {:<9} {:>4} {space:>10} {used:>10} {:>7} {:>6}  {}",
             cs.cs.0,
             cs.addr,
             cs.location.host_name,
             state_word(cs.state),
             cs.tier,
             cs.stats.chunks,
-            cs.stats.queue_depth
+            cs.stats.queue_depth,
+            place_word(cs)
         );
+        println!("{}", line.trim_end());
     }
     println!("\n{:<8} {:<16} {:>7}  PURPOSE", "CLIENT", "HOST", "LEASES");
     for client in &stat.clients {
@@ -229,16 +242,12 @@ pub fn set_config(context: &Context, args: &SetConfigArgs) -> Result<()> {
         .pairs
         .iter()
         .map(|pair| {
-            let (key, value) = pair.split_once('=').with_context(|| format!("`{pair}` is not key=value"))?;
+            let (key, value) = pair.split_once('=').ok_or_else(|| usage(format!("`{pair}` is not key=value")))?;
             Ok((key.to_owned(), value.to_owned()))
         })
         .collect::<Result<_>>()?;
-    context.block_on(async |client| {
-        for (key, value) in pairs {
-            client.call(MdsRequest::ConfigSet { key, value }).await?;
-        }
-        Ok(())
-    })
+    context.call(MdsRequest::ConfigSet { pairs })?;
+    Ok(())
 }
 
 /// Runs `get-event`.

@@ -1,6 +1,7 @@
 //! Verbs of chunk servers: `make-cs`, `rm-cs`, `cs run`.
 
 use crate::context::{Context, address};
+use crate::exit::usage;
 use anyhow::{Context as _, Result, bail};
 use cairn_cs::{CsRunConfig, MakeCs};
 use cairn_types::{CsId, HostId};
@@ -38,6 +39,56 @@ pub struct MakeCsArgs {
     /// Every acknowledged write is durable at once, for clients that never flush.
     #[arg(long)]
     durable_always: bool,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+/// Where a server stands: copies are kept apart on these levels where `failure-domain` says so.
+#[derive(Args, Debug, Default)]
+pub struct PlaceArgs {
+    /// Rack the server stands in; told apart within its row.
+    #[arg(long, value_name = "NAME", value_parser = place_name)]
+    rack: Option<String>,
+    /// Row of racks; told apart within its room.
+    #[arg(long, value_name = "NAME", value_parser = place_name)]
+    row: Option<String>,
+    /// Room; told apart within its site.
+    #[arg(long, value_name = "NAME", value_parser = place_name)]
+    room: Option<String>,
+    /// Site.
+    #[arg(long, value_name = "NAME", value_parser = place_name)]
+    site: Option<String>,
+}
+
+/// Longest name of a rack, row, room or site.
+const PLACE_NAME_MAX: usize = 64;
+
+fn place_name(text: &str) -> Result<String, String> {
+    if text.len() > PLACE_NAME_MAX || text.chars().any(char::is_control) {
+        return Err(format!("a name has at most {PLACE_NAME_MAX} bytes and no control characters"));
+    }
+    Ok(text.to_owned())
+}
+
+impl PlaceArgs {
+    fn is_empty(&self) -> bool {
+        [&self.rack, &self.row, &self.room, &self.site].iter().all(|name| name.is_none())
+    }
+
+    /// Replaces the names that were given.
+    fn apply(&self, place: &mut Place) {
+        let pairs = [
+            (&self.rack, &mut place.rack),
+            (&self.row, &mut place.row),
+            (&self.room, &mut place.room),
+            (&self.site, &mut place.site),
+        ];
+        for (given, kept) in pairs {
+            if let Some(name) = given {
+                kept.clone_from(name);
+            }
+        }
+    }
 }
 
 /// Options of `rm-cs`.
@@ -64,6 +115,17 @@ pub enum CsVerb {
         /// The repository directory.
         #[arg(short = 'r', value_name = "DIR")]
         repository: PathBuf,
+    },
+    /// Names the rack, row, room and site the chunk server of a repository stands in, from its next start on.
+    ///
+    /// Names that are not given stay as they are; an empty one takes the name away.
+    SetLocation {
+        /// The repository directory.
+        #[arg(short = 'r', value_name = "DIR")]
+        repository: PathBuf,
+        /// The names.
+        #[command(flatten)]
+        place: PlaceArgs,
     },
 }
 
@@ -98,7 +160,9 @@ pub fn make(context: &Context, args: &MakeCsArgs) -> Result<()> {
         device: args.device.clone(),
         fill: args.fill,
     };
-    make_with_options(&make, &CsOptions { listen: addr, durable_always: args.durable_always })?;
+    let mut options = CsOptions { listen: addr, durable_always: args.durable_always, place: Place::default() };
+    args.place.apply(&mut options.place);
+    make_with_options(&make, &options)?;
     eprintln!("chunk server of cluster {name} is made in {}", args.repository.display());
     eprintln!("run it with: cairn cs run -r {}", args.repository.display());
     Ok(())
@@ -112,16 +176,53 @@ pub struct CsOptions {
     pub listen: SocketAddr,
     /// Every write is durable before its answer.
     pub durable_always: bool,
+    /// Where it stands.
+    #[serde(default)]
+    pub place: Place,
+}
+
+/// Names of the places a server stands in; empty where the operator gave none.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Place {
+    /// Rack.
+    pub rack: String,
+    /// Row.
+    pub row: String,
+    /// Room.
+    pub room: String,
+    /// Site.
+    pub site: String,
 }
 
 const OPTIONS_FILE: &str = "options.json";
 
+impl CsOptions {
+    fn read(repository: &Path) -> Result<Self> {
+        let path = repository.join(OPTIONS_FILE);
+        let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        serde_json::from_str(&text).with_context(|| {
+            format!(
+                "{} is damaged; write it anew as {{\"listen\": \"IP:PORT\", \"durable_always\": false}}",
+                path.display()
+            )
+        })
+    }
+
+    /// Replaces the file as a whole.
+    fn write(&self, repository: &Path) -> Result<()> {
+        let (path, fresh) = (repository.join(OPTIONS_FILE), repository.join("options.json.new"));
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        std::fs::write(&fresh, text).with_context(|| format!("write {}", fresh.display()))?;
+        std::fs::File::open(&fresh)?.sync_all()?;
+        std::fs::rename(&fresh, &path).with_context(|| format!("replace {}", path.display()))
+    }
+}
+
 /// Makes a repository and leaves the options of its daemon there.
 pub fn make_with_options(make: &MakeCs, options: &CsOptions) -> Result<()> {
     cairn_cs::make_cs(make, |_| {})?;
-    let path = make.dir.join(OPTIONS_FILE);
-    let text = serde_json::to_string_pretty(options)? + "\n";
-    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    options.write(&make.dir)
 }
 
 /// The own address from which `to` is reached.
@@ -155,15 +256,33 @@ pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
     })
 }
 
-/// Runs `cs run`.
+/// Runs `cs run` or `cs set-location`.
 pub fn run(verb: &CsVerb) -> Result<()> {
-    let CsVerb::Run { repository } = verb;
+    match verb {
+        CsVerb::Run { repository } => serve(repository),
+        CsVerb::SetLocation { repository, place } => set_location(repository, place),
+    }
+}
+
+fn set_location(repository: &Path, place: &PlaceArgs) -> Result<()> {
+    if place.is_empty() {
+        return Err(usage("give at least one of --rack, --row, --room and --site"));
+    }
+    cairn_cs::read_identity(repository)?;
+    let mut options = CsOptions::read(repository)?;
+    place.apply(&mut options.place);
+    options.write(repository)?;
+    eprintln!("it counts from the next start of this chunk server on; copies that exist are not moved for it");
+    Ok(())
+}
+
+fn serve(repository: &Path) -> Result<()> {
     let name = cairn_cs::read_identity(repository)?.cluster_name;
     let files = cairn_client::cluster::ClusterFiles::new(&name)?;
-    let path = repository.join(OPTIONS_FILE);
-    let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let options: CsOptions = serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
-    let mut config = CsRunConfig::new(repository.clone(), name, files.key()?, files.servers()?);
+    let options = CsOptions::read(repository)?;
+    let mut config = CsRunConfig::new(repository.to_owned(), name, files.key()?, files.servers()?);
+    let Place { rack, row, room, site } = options.place;
+    config.place = [rack, row, room, site];
     config.listen = Some(options.listen);
     config.durable_always = options.durable_always;
     config.host_name = cairn_client::cluster::host_name();

@@ -1,6 +1,7 @@
 //! Verbs of metadata servers: `make-mds`, `rm-mds`, `mds run`.
 
-use crate::context::{Context, MDS_PORT, address, unexpected};
+use crate::context::{Context, MDS_PORT, address, block_on_config, unexpected};
+use crate::exit::usage;
 use crate::password;
 use anyhow::{Context as _, Result, bail};
 use cairn_consensus::{Initial, Member};
@@ -8,10 +9,11 @@ use cairn_mds::repository::{self, Identity};
 use cairn_mds::shell::{RunConfig, run as run_daemon};
 use cairn_types::{ClusterId, MdsId};
 use cairn_wire::auth::ClusterKey;
-use cairn_wire::mds::{MdsReply, MdsRequest};
+use cairn_wire::mds::{MdsReply, MdsRequest, SessionKind};
 use clap::{Args, Subcommand};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Options of `make-mds`.
 #[derive(Args, Debug)]
@@ -36,6 +38,10 @@ pub struct MakeMdsArgs {
     bootstrap: Vec<String>,
 }
 
+/// How often `rm-mds` looks whether a server has left, and how many times.
+const REMOVAL_LOOK_EVERY: Duration = Duration::from_millis(100);
+const REMOVAL_LOOKS_MAX: u32 = 300;
+
 /// Options of `rm-mds`.
 #[derive(Args, Debug)]
 pub struct RmMdsArgs {
@@ -54,41 +60,75 @@ pub enum MdsVerb {
     },
 }
 
-/// Adds addresses to bs.list, so that every later verb on this node finds the cluster.
-pub fn keep_bootstrap(context: &Context, bootstrap: &[String]) -> Result<()> {
-    if bootstrap.is_empty() {
-        return Ok(());
-    }
-    let addrs: Vec<SocketAddr> = bootstrap.iter().map(|text| address(text, MDS_PORT)).collect::<Result<_>>()?;
-    context.add_to_bs_list(&addrs)
-}
-
 /// Runs `make-mds`.
 pub fn make(context: &Context, args: &MakeMdsArgs) -> Result<()> {
     let name = context.name()?;
     let addr = address(&args.addr, MDS_PORT)?;
     if addr.ip().is_unspecified() {
-        bail!("-a {addr}: give the address other nodes reach this server at, not a wildcard");
+        return Err(usage(format!("-a {addr}: give the address other nodes reach this server at, not a wildcard")));
     }
-    keep_bootstrap(context, &args.bootstrap)?;
-    repository::prepare(&args.repository)?;
+    check_address(addr)?;
+    let context = &context.with_bootstrap(&args.bootstrap)?;
+    let key = match args.init || args.password || args.password_file.is_some() {
+        true => ClusterKey::derive(name, &password::ask(args.password_file.as_deref(), args.init)?)?,
+        false => context.key()?,
+    };
+    let mut fresh = FreshDir::prepare(&args.repository)?;
     warn_about_space(&args.repository);
     let dir = std::fs::canonicalize(&args.repository).context("resolve the repository directory")?;
-    let id = if args.init {
-        let password = password::ask(args.password_file.as_deref(), true)?;
-        let key = ClusterKey::derive(name, &password)?;
-        make_first(context, &key, addr, &dir)?
-    } else {
-        if args.password || args.password_file.is_some() {
-            let password = password::ask(args.password_file.as_deref(), false)?;
-            context.files()?.write_key(&ClusterKey::derive(name, &password)?)?;
-        }
-        join(context, addr, &dir)?
-    };
+    let id = if args.init { make_first(context, &key, addr, &dir)? } else { join(context, &key, addr, &dir)? };
+    fresh.keep();
+    context.keep_bootstrap()?;
     context.add_to_bs_list(&[addr])?;
     eprintln!("metadata server {} of cluster {name} is made in {}", id.0, dir.display());
     eprintln!("run it with: cairn mds run -r {}", dir.display());
     Ok(())
+}
+
+/// Refuses an address on which the server could not listen.
+fn check_address(addr: SocketAddr) -> Result<()> {
+    use std::io::ErrorKind;
+    match std::net::TcpListener::bind(addr).map_err(|error| error.kind()) {
+        Err(ErrorKind::AddrInUse) => bail!("-a {addr}: another process listens there; stop it or give another address"),
+        Err(ErrorKind::AddrNotAvailable) => bail!("-a {addr}: this machine does not have that address"),
+        Err(ErrorKind::PermissionDenied) => bail!("-a {addr}: ports below 1024 are for root; give another one"),
+        // Anything else shows, with its words, when the server runs.
+        _ => Ok(()),
+    }
+}
+
+/// A repository directory that is being made. Unless it is kept, it is taken away again, with what was put in.
+struct FreshDir<'a> {
+    dir: &'a Path,
+    was_there: bool,
+    kept: bool,
+}
+
+impl<'a> FreshDir<'a> {
+    fn prepare(dir: &'a Path) -> Result<Self> {
+        let was_there = dir.exists();
+        repository::prepare(dir)?;
+        Ok(Self { dir, was_there, kept: false })
+    }
+
+    fn keep(&mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for FreshDir<'_> {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        // Only what `repository::create` makes: the directory was empty before.
+        for name in ["log", "mds.json.new", "mds.json"] {
+            let _ = std::fs::remove_file(self.dir.join(name));
+        }
+        if !self.was_there {
+            let _ = std::fs::remove_dir(self.dir);
+        }
+    }
 }
 
 fn warn_about_space(dir: &Path) {
@@ -118,11 +158,13 @@ pub fn make_first(context: &Context, key: &ClusterKey, addr: SocketAddr, dir: &P
     Ok(id)
 }
 
-/// Makes a further server: the cluster admits it and gives it an id.
-pub fn join(context: &Context, addr: SocketAddr, dir: &Path) -> Result<MdsId> {
+/// Makes a further server: the cluster admits it and gives it an id. Then the key is kept on this node.
+pub fn join(context: &Context, key: &ClusterKey, addr: SocketAddr, dir: &Path) -> Result<MdsId> {
     let instance = fresh_instance();
     let request = MdsRequest::MdsAdd { addr, repository: dir.display().to_string(), nonce: instance };
-    let (id, cluster, name, servers) = match context.call(request).context("ask the cluster for admission")? {
+    let config = context.client_config_with_key(key.clone(), SessionKind::Client, "make-mds")?;
+    let reply = block_on_config(config, async |client| Ok(client.call(request).await?));
+    let (id, cluster, name, servers) = match reply.context("ask the cluster for admission")? {
         MdsReply::MdsAdmitted { mds, cluster, name, servers } => (mds, cluster, name, servers),
         other => return Err(unexpected(&other)),
     };
@@ -137,6 +179,7 @@ pub fn join(context: &Context, addr: SocketAddr, dir: &Path) -> Result<MdsId> {
         servers: servers.iter().map(|info| (info.mds.0, info.addr)).collect(),
     };
     repository::create(dir, &identity, &Initial::Join)?;
+    context.files()?.write_key(key)?;
     Ok(id)
 }
 
@@ -147,8 +190,21 @@ fn fresh_instance() -> u64 {
 
 /// Runs `rm-mds`.
 pub fn remove(context: &Context, args: &RmMdsArgs) -> Result<()> {
-    context.call(MdsRequest::MdsRemove { mds: MdsId(args.id) })?;
-    eprintln!("metadata server {} leaves the cluster; its process ends by itself", args.id);
+    let id = MdsId(args.id);
+    context.call(MdsRequest::MdsRemove { mds: id })?;
+    // Until it has left, its address is taken and its vote counts.
+    context.block_on(async |client| {
+        for _ in 0..REMOVAL_LOOKS_MAX {
+            match client.call(MdsRequest::Topology).await? {
+                MdsReply::Topology { mds, .. } if mds.iter().any(|info| info.mds == id) => {}
+                MdsReply::Topology { .. } => return Ok(()),
+                other => return Err(unexpected(&other)),
+            }
+            tokio::time::sleep(REMOVAL_LOOK_EVERY).await;
+        }
+        bail!("metadata server {} is being removed and has not left yet; see `cairn stat`", args.id)
+    })?;
+    eprintln!("metadata server {} has left the cluster; its process ends by itself", args.id);
     Ok(())
 }
 

@@ -1,9 +1,11 @@
 //! `cairn nbd serve`: volumes over the Network Block Device protocol.
 
 use crate::context::{Context, block_on_config};
+use crate::exit::usage;
 use anyhow::{Context as _, Result, bail};
-use cairn_client::{LocalClient, LocalVolume, SizeRule};
+use cairn_client::{LocalClient, LocalVolume, OpenError, SizeRule};
 use cairn_nbd::{ExportOptions, Exports, NbdServer, ServerConfig, Tls};
+use cairn_types::ClientId;
 use cairn_wire::mds::{LeaseMode, MdsReply, MdsRequest, SessionKind};
 use clap::Subcommand;
 use std::path::PathBuf;
@@ -46,7 +48,10 @@ pub enum NbdVerb {
 
 /// Runs the verb.
 pub fn run(context: &Context, verb: &NbdVerb) -> Result<()> {
-    let NbdVerb::Serve { volumes, .. } = verb;
+    let NbdVerb::Serve { volumes, no_tcp, unix, .. } = verb;
+    if *no_tcp && unix.is_none() {
+        return Err(usage("nothing to listen on: give --unix PATH or drop --no-tcp"));
+    }
     let purpose = format!("nbd {}", volumes.join(" "));
     let config = context.client_config(SessionKind::Client, &purpose)?;
     block_on_config(config, async |client| serve(&client, verb).await)
@@ -80,9 +85,6 @@ async fn serve(client: &LocalClient, verb: &NbdVerb) -> Result<()> {
         volumes.iter().for_each(|name| eprintln!("serving nbd+unix:///{name}?socket={}", path.display()));
         let server = server.clone();
         tokio::task::spawn_local(async move { server.serve_unix(listener).await });
-    }
-    if addrs.is_empty() && unix.is_none() {
-        bail!("nothing to listen on: give --unix PATH or drop --no-tcp");
     }
     stop_signal().await?;
     server.shutdown(std::time::Duration::from_secs(5)).await;
@@ -119,7 +121,27 @@ async fn open_volume(client: &LocalClient, name: &str, read_only: bool) -> Resul
         bail!("unexpected answer to VolumeGet");
     };
     let mode = if read_only { LeaseMode::Shared } else { LeaseMode::Exclusive };
-    Ok(client.open(info.volume, mode, SizeRule::Fixed).await?)
+    if let Some((holder, _)) = info.holder.filter(|(holder, _)| client.session() != Some(*holder)) {
+        let who = describe(client, holder).await;
+        eprintln!("volume {name} is in use by {who}; it is asked to give the volume back, and this waits for it");
+    }
+    match client.open(info.volume, mode, SizeRule::Fixed).await {
+        Err(OpenError::Held { holder, .. }) => {
+            let who = describe(client, holder).await;
+            bail!("it is still in use by {who}; stop that, or end it by force with `cairn revoke {}`", holder.0)
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Who a client is, for people: `CL#2052 (nbd demo on host7)`.
+async fn describe(client: &LocalClient, who: ClientId) -> String {
+    let Ok(MdsReply::Stat(stat)) = client.call(MdsRequest::Stat).await else { return who.to_string() };
+    match stat.clients.iter().find(|info| info.client == who) {
+        Some(info) => format!("{who} ({} on {})", info.purpose, info.host_name),
+        // Its session has ended; the lease passes on when its term is over.
+        None => format!("{who} (a client that is gone; its lease ends within half a minute)"),
+    }
 }
 
 /// Gives a lease back and waits for it.

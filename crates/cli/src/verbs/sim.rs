@@ -1,6 +1,7 @@
 //! `cairn sim`: replays a seed, runs fresh ones, proves that planted bugs are found.
 
-use anyhow::{Result, bail};
+use crate::exit::usage;
+use anyhow::Result;
 use cairn_sim::run::{Options, Outcome};
 use clap::Args;
 use std::time::{Duration, Instant};
@@ -55,7 +56,7 @@ pub fn run(args: &SimArgs) -> Result<i32> {
     match (args.seeds, args.minutes) {
         (Some(count), None) => Ok(run_all(first..first + count, None, args.faultless)),
         (None, Some(minutes)) => Ok(run_all(first.., Some(Duration::from_secs(60 * minutes)), args.faultless)),
-        _ => bail!("give one of --seed N, --seeds K, --minutes M, --planted NAME or --regressions"),
+        _ => Err(usage("give one of --seed N, --seeds K, --minutes M, --planted NAME or --regressions")),
     }
 }
 

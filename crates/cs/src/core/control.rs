@@ -70,6 +70,7 @@ pub(super) enum Done {
     },
     Create {
         caller: Caller,
+        chunk: ChunkId,
     },
     Raise {
         chunk: ChunkId,
@@ -189,7 +190,7 @@ impl CsCore {
                         let tag = ChunkTag::whole().encode();
                         let request =
                             StoreRequest::CreateChunk { chunk, volume: id, layer, index, block_count, version, tag };
-                        self.submit_control(now, id, Done::Create { caller }, request);
+                        self.submit_control(now, id, Done::Create { caller, chunk }, request);
                     }
                 }
             }
@@ -362,7 +363,12 @@ impl CsCore {
                 }
                 Err(error) => self.answer_call(caller, Err(error), out),
             },
-            Done::Create { caller } => self.answer_call(caller, result.map(|()| CsReply::Done), out),
+            Done::Create { caller, chunk } => {
+                if result.is_ok() {
+                    self.mds.note_created(now, chunk);
+                }
+                self.answer_call(caller, result.map(|()| CsReply::Done), out);
+            }
             Done::Raise { chunk, audience } => self.tell(audience, chunk, result.map(|()| CsReply::Done), out),
             Done::Delete { chunk, version } => {
                 if result.is_ok() {

@@ -1,6 +1,6 @@
 //! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
 //!
-//! One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are
+//! Copies just made are reported within seconds, all copies hourly. One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are
 //! tried in turn with a bounded, growing pause. Data requests never wait for any of this.
 
 use super::CsCore;
@@ -9,7 +9,7 @@ use super::rebuild::RebuildOrder;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 /// Time between heartbeats.
@@ -22,10 +22,20 @@ pub const REPORT_PAGE: usize = 4096;
 const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
 /// First and longest pause between attempts.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
+/// How long copies just made are collected before they are reported, so that many make one call, and how often those
+/// with unsettled writes are looked at.
+const CREATED_WAIT: Duration = Duration::from_secs(1);
+/// Copies just made and not reported yet; what is beyond it waits for the hourly report.
+const CREATED_MAX: usize = 8192;
 /// Finished orders kept until a heartbeat has told them; the metadata servers repeat orders that are forgotten.
 const DONE_MAX: usize = 16_384;
 /// Finished orders and damaged blocks in one heartbeat.
 const HEARTBEAT_LIST_MAX: usize = 1024;
+/// Before it first registered, a server that is turned away this often as one of another cluster gives up. More than
+/// once, because lists of metadata servers are sometimes wrong for a moment while a cluster is moved.
+const STRANGER_MAX: u32 = 10;
+/// How handshakes end at a metadata server of another cluster, or of one that was made anew under the same name.
+const STRANGER: [&str; 2] = ["another identity", "belongs to cluster"];
 /// A server that points to a leader is believed this often in a row before the next pause.
 const HOPS_MAX: u32 = 3;
 
@@ -53,6 +63,8 @@ pub(super) struct MdsLink {
     /// Named by a follower.
     leader: Option<SocketAddr>,
     hops: u32,
+    /// Times a metadata server of another cluster answered.
+    strangers: u32,
     backoff: Duration,
     registered: bool,
     ever_registered: bool,
@@ -62,6 +74,9 @@ pub(super) struct MdsLink {
     report_at: Instant,
     /// Copies still to be reported, ascending; and the highest id reported so far.
     report: Option<(VecDeque<ChunkId>, ChunkId)>,
+    /// Copies made since the last report began, and when to tell of them.
+    created: BTreeSet<ChunkId>,
+    created_due: Instant,
     done: VecDeque<OrderDone>,
     damaged: VecDeque<(ChunkId, u32)>,
     /// Something changed that a heartbeat should tell now.
@@ -77,6 +92,7 @@ impl MdsLink {
             target: 0,
             leader: None,
             hops: 0,
+            strangers: 0,
             backoff: BACKOFF[0],
             registered: false,
             ever_registered: false,
@@ -85,6 +101,8 @@ impl MdsLink {
             heartbeat_at: Instant(0),
             report_at: Instant(0),
             report: None,
+            created: BTreeSet::new(),
+            created_due: Instant(0),
             done: VecDeque::new(),
             damaged: VecDeque::new(),
             urgent: false,
@@ -102,6 +120,16 @@ impl MdsLink {
 
     pub(super) fn heartbeat_now(&mut self) {
         self.urgent = true;
+    }
+
+    /// Remembers a copy that was made and is durable, for a report soon.
+    pub(super) fn note_created(&mut self, now: Now, chunk: ChunkId) {
+        if self.created.is_empty() {
+            self.created_due = now.mono + CREATED_WAIT;
+        }
+        if self.created.len() < CREATED_MAX {
+            self.created.insert(chunk);
+        }
     }
 
     /// Remembers the end of an order for the next heartbeat.
@@ -213,9 +241,13 @@ impl CsCore {
     /// The next piece of the chunk report, when one is due.
     fn report_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
         if self.mds.report.is_none() {
-            if now.mono < self.mds.report_at || self.failed.is_some() {
+            if self.failed.is_some() {
                 return None;
             }
+            if now.mono < self.mds.report_at {
+                return self.created_page(now, cs);
+            }
+            self.mds.created.clear();
             let mut ids: Vec<ChunkId> = self.store.chunks().map(|(chunk, _)| chunk).collect();
             ids.sort_unstable();
             self.mds.report = Some((ids.into(), ChunkId(0)));
@@ -225,13 +257,46 @@ impl CsCore {
         let (from, last) = (*after, ids.is_empty());
         *after = page.last().copied().unwrap_or(from);
         // Chunks made or deleted meanwhile: what is gone is left out, what is new is left for the next report.
-        let version_of = |chunk: &ChunkId| {
-            let info = self.store.chunk(*chunk)?;
-            let version = super::data::trusted_version(self, *chunk, info.version);
-            Some(ChunkReport { chunk: *chunk, version })
-        };
-        let chunks: Vec<ChunkReport> = page.iter().filter_map(version_of).collect();
+        let chunks: Vec<ChunkReport> = page.iter().filter_map(|chunk| self.chunk_report(*chunk)).collect();
         Some((Asked::Report { last }, MdsRequest::CsReport { cs, after: from, chunks, last }))
+    }
+
+    fn chunk_report(&self, chunk: ChunkId) -> Option<ChunkReport> {
+        let info = self.store.chunk(chunk)?;
+        let version = super::data::trusted_version(self, chunk, info.version);
+        Some(ChunkReport { chunk, version })
+    }
+
+    /// A piece of a report with neighbours among the copies just made. Its range holds nothing else, so it says of no
+    /// other copy that it is missing.
+    ///
+    /// A copy is told only when all writes to it are settled: then every replica of the chunk has it, and a chunk that is
+    /// known to have been created is missed by nobody.
+    fn created_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
+        if self.mds.created.is_empty() || now.mono < self.mds.created_due {
+            return None;
+        }
+        let created = std::mem::take(&mut self.mds.created);
+        let here = created.into_iter().filter_map(|chunk| Some((chunk, self.store.chunk(chunk)?)));
+        let (mut tails, mut waiting) = (BTreeMap::new(), BTreeSet::new());
+        let mut page: Vec<ChunkId> = Vec::new();
+        for (chunk, info) in here {
+            let unsettled: &BTreeSet<ChunkId> = tails
+                .entry(info.volume)
+                .or_insert_with(|| self.store.tail(info.volume).map(|entry| entry.chunk).collect());
+            let is_next = page.last().is_none_or(|last| last.0 + 1 == chunk.0) && page.len() < REPORT_PAGE;
+            match info.mapped_blocks > 0 && !unsettled.contains(&chunk) && is_next {
+                true => page.push(chunk),
+                false => drop(waiting.insert(chunk)),
+            }
+        }
+        self.mds.created = waiting;
+        if page.is_empty() {
+            self.mds.created_due = now.mono + CREATED_WAIT;
+        }
+        let after = ChunkId(page.first()?.0.saturating_sub(1));
+        let chunks = page.iter().filter_map(|chunk| self.chunk_report(*chunk)).collect();
+        Some((Asked::Report { last: false }, MdsRequest::CsReport { cs, after, chunks, last: false }))
     }
 
     /// True when the link is the one to the metadata servers.
@@ -252,6 +317,17 @@ impl CsCore {
             return false;
         }
         self.mds_pause(now, reason, out);
+        if !self.mds.ever_registered && STRANGER.iter().any(|text| reason.contains(text)) {
+            self.mds.strangers += 1;
+            if self.mds.strangers >= STRANGER_MAX {
+                let reason = format!(
+                    "this chunk server is of cluster {}, and no metadata server of it was found: {reason} If the old cluster \
+                     is gone, make a chunk server anew in a new directory; otherwise correct the addresses in bs.list",
+                    self.config.cluster
+                );
+                self.stop(reason, out);
+            }
+        }
         true
     }
 
@@ -388,6 +464,7 @@ impl CsCore {
                     let delete = Control::Delete { chunk, version };
                     self.order_control(now, chunk, version, OrderKind::Delete, delete, out);
                 }
+                CsOrder::VerifyRate { chunks_per_minute } => self.set_scrub_rate(now, chunks_per_minute),
                 CsOrder::Rebuild { entry, volume, block_count, sources, created } => {
                     let (chunk, version) = (entry.chunk, entry.version);
                     let sane = (1..=cairn_store::CHUNK_BLOCKS_MAX).contains(&block_count)

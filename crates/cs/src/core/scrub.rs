@@ -42,6 +42,14 @@ impl CsCore {
         self.scrub.rounds
     }
 
+    /// The cluster says how fast to verify.
+    pub(super) fn set_scrub_rate(&mut self, now: Now, chunks_per_minute: u32) {
+        let before = std::mem::replace(&mut self.config.scrub_chunks_per_minute, chunks_per_minute);
+        if before == 0 && chunks_per_minute > 0 && !self.scrub.running {
+            self.scrub.begin(now);
+        }
+    }
+
     pub(super) fn scrub_turn(&mut self, now: Now) {
         let rate = self.config.scrub_chunks_per_minute;
         if rate == 0 || self.failed.is_some() {

@@ -321,6 +321,19 @@ fn extents_list_what_is_mapped() {
 }
 
 #[test]
+fn a_copy_just_made_is_reported_once_its_writes_are_settled() {
+    let (mut world, client) = ready(15);
+    let (request, data) = write(1, 5, 1, 0, 1, 1);
+    assert_eq!(world.status(client, &request, data), DataStatus::Ok);
+    world.pass(Duration::from_secs(5));
+    assert_eq!(world.nodes[0].reports.get(&CHUNK), None, "another replica may not have it yet");
+    let settle = CsRequest::Settle { volume: VOLUME, epoch: Epoch(5), settled: Sequence(1) };
+    assert_eq!(world.call(client, settle), Ok(CsReply::Done));
+    world.pass(Duration::from_secs(3));
+    assert_eq!(world.nodes[0].reports.get(&CHUNK), Some(&ChunkVersion(1)));
+}
+
+#[test]
 fn it_registers_reports_beats_and_finds_the_leader() {
     let (mut world, client) = ready(14);
     assert_eq!(world.core(0).id(), Some(cs_of(0)));

@@ -6,6 +6,7 @@ use cairn_env_sim::{Fault, OpKind};
 use cairn_types::*;
 use cairn_wire::cs::CsError;
 use cairn_wire::data::{DataOp, DataStatus};
+use cairn_wire::mds::CsOrder;
 
 #[test]
 fn a_failed_disk_serves_nothing_and_says_so() {
@@ -30,7 +31,8 @@ fn a_failed_disk_serves_nothing_and_says_so() {
 
 #[test]
 fn a_rotten_block_is_never_served_and_a_write_heals_it() {
-    let mut world = World::with(2, 1, |config| config.scrub_chunks_per_minute = 60);
+    // Without a scrub of its own accord, until the metadata servers set the pace below.
+    let mut world = World::new(2, 1);
     let client = world.client(0, 1, 1);
     world.fence(client, 5).unwrap();
     world.create(client, 1, 5);
@@ -49,6 +51,9 @@ fn a_rotten_block_is_never_served_and_a_write_heals_it() {
     world.pass(Duration::from_secs(2));
     assert_eq!(world.nodes[0].damaged, [(CHUNK, 9)]);
     world.nodes[0].damaged.clear();
+    world.pass(Duration::from_secs(200));
+    assert_eq!(world.core(0).scrub_rounds(), 0);
+    world.order(0, CsOrder::VerifyRate { chunks_per_minute: 60 });
     world.pass(Duration::from_secs(200));
     assert!(world.core(0).scrub_rounds() > 0);
     assert!(world.nodes[0].damaged.contains(&(CHUNK, 9)), "the scrub finds it as well");

@@ -553,6 +553,8 @@ impl World {
 
 fn is_about(order: &CsOrder, done: &OrderDone) -> bool {
     match order {
+        // Told with every answer to a heartbeat.
+        CsOrder::VerifyRate { .. } => false,
         CsOrder::Raise { chunk, version, .. } => {
             (*chunk, *version, OrderKind::Raise) == (done.chunk, done.version, done.kind)
         }

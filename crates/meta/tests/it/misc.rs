@@ -43,7 +43,7 @@ fn any_request(rng: &mut Rng) -> MdsRequest {
         10 => MdsRequest::RemoveXattr { inode, name },
         11 => MdsRequest::OpenHandle { inode },
         12 => MdsRequest::CloseHandle { inode },
-        13 => MdsRequest::AttributeSet { inode, key: "replicas".into(), value: (1 + rng.below(4)).to_string() },
+        13 => MdsRequest::AttributesSet { inode, pairs: vec![("replicas".into(), (1 + rng.below(4)).to_string())] },
         14 => MdsRequest::VolumeCreate {
             name: format!("v{}", rng.below(4)),
             size: 1 << 30,
@@ -257,7 +257,7 @@ fn parameters_are_checked_and_misspelt_ones_explained() {
     let mut world = World::new();
     let session = world.session();
     let set = |world: &mut World, key: &str, value: &str| {
-        world.call(session, MdsRequest::ConfigSet { key: key.into(), value: value.into() })
+        world.call(session, MdsRequest::ConfigSet { pairs: vec![(key.into(), value.into())] })
     };
     set(&mut world, "mds.wd.offline_tout", "60").unwrap();
     assert_eq!(world.meta.config("mds.wd.offline_tout"), 60);
@@ -279,7 +279,7 @@ fn events_are_numbered_without_gaps_and_the_oldest_go() {
     let session = world.session();
     for n in 0..250u64 {
         let key = "mds.events.kept".into();
-        world.call(session, MdsRequest::ConfigSet { key, value: (100 + n % 2).to_string() }).unwrap();
+        world.call(session, MdsRequest::ConfigSet { pairs: vec![(key, (100 + n % 2).to_string())] }).unwrap();
     }
     let Ok(MdsReply::Events(events)) = world.meta.query(&MdsRequest::Events { after: 0, limit: 4096 }) else {
         panic!()

@@ -380,7 +380,7 @@ fn attributes_and_extended_attributes_behave() {
 
     // Attributes of ours are handed on at creation and change nothing that exists.
     let pair = |world: &mut World, inode, key: &str, value: &str| {
-        world.call(session, MdsRequest::AttributeSet { inode, key: key.into(), value: value.into() })
+        world.call(session, MdsRequest::AttributesSet { inode, pairs: vec![(key.into(), value.into())] })
     };
     pair(&mut world, directory, "/failure-domain", "disk").unwrap();
     pair(&mut world, directory, "replicas", "2").unwrap();
@@ -392,6 +392,11 @@ fn attributes_and_extended_attributes_behave() {
     assert_eq!(get(&world, late), "chunk-size=67108864 failure-domain=disk replicas=2:1 tier=0");
     assert_eq!(get(&world, inode), "chunk-size=67108864 failure-domain=host replicas=3:2 tier=0");
     assert!(matches!(pair(&mut world, late, "encoding", "3+2"), Err(MdsError::Refused(_))));
+    let pairs = [("tier", "1"), ("replicas", "99"), ("failure-domain", "host")];
+    let pairs = pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
+    let several = world.call(session, MdsRequest::AttributesSet { inode: late, pairs });
+    assert!(matches!(several, Err(MdsError::Invalid(_))));
+    assert_eq!(get(&world, late), "chunk-size=67108864 failure-domain=disk replicas=2:1 tier=0", "all or none");
     assert!(matches!(pair(&mut world, late, "colour", "red"), Err(MdsError::Invalid(_))));
     world.meta.check();
 }

@@ -281,7 +281,7 @@ pub fn random_failures_keep_every_current_copy_true_and_heal() {
                 17 => {
                     let value = ["2", "3:2", "4:2"][rng.below(3) as usize].to_owned();
                     let inode = cairn_types::InodeId(cluster.volume.0);
-                    let request = MdsRequest::AttributeSet { inode, key: "replicas".into(), value };
+                    let request = MdsRequest::AttributesSet { inode, pairs: vec![("replicas".into(), value)] };
                     cluster.world.call(cluster.session, request).unwrap();
                 }
                 _ => cluster.world.tick(rng.below(3) * SECOND),
@@ -413,7 +413,7 @@ fn too_many_offline_hosts_stop_copying_and_say_so() {
         panic!()
     };
     assert!(events.iter().any(|event| event.text.contains("mds.wd.max_offline_cs_hosts")));
-    let request = MdsRequest::ConfigSet { key: "mds.wd.max_offline_cs_hosts".into(), value: "0".into() };
+    let request = MdsRequest::ConfigSet { pairs: vec![("mds.wd.max_offline_cs_hosts".into(), "0".into())] };
     cluster.world.call(cluster.session, request).unwrap();
     cluster.run(120);
     let counts = cluster.world.meta.chunk_counts();

@@ -464,6 +464,11 @@ pub enum CsOrder {
         /// Highest version to delete.
         version: ChunkVersion,
     },
+    /// Verify so many chunks a minute from now on (`mds.wd.verify_chunks`); nothing is reported back.
+    VerifyRate {
+        /// Chunks a minute; zero switches the scrub off.
+        chunks_per_minute: u32,
+    },
 }
 
 /// How an order ended.
