@@ -330,7 +330,7 @@ impl<K: Kv> Meta<K> {
         })
     }
 
-    fn report_no_space(&mut self, refusal: &str) {
+    pub(crate) fn report_no_space(&mut self, refusal: &str) {
         let now = self.globals.clock_ns;
         if self.globals.no_space_reported_ns.is_none_or(|last| now >= last + NO_SPACE_REPORT_NS) {
             self.globals.no_space_reported_ns = Some(now);

@@ -15,6 +15,8 @@ pub const DENTRY: u8 = b'D';
 pub const EVENT: u8 = b'E';
 /// Inode that is going: its chunks and attributes are being freed.
 pub const GARBAGE: u8 = b'G';
+/// Server, or server 0 for the cluster: how full it was last said to be.
+pub const FILL: u8 = b'F';
 /// Open handle: inode, session.
 pub const HANDLE: u8 = b'H';
 /// Inode.

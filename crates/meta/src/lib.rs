@@ -21,6 +21,7 @@ mod chunks;
 mod command;
 pub mod config;
 mod events;
+mod full;
 mod inodes;
 mod jobs;
 mod keys;

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 /// Highest tier.
 pub const TIER_MAX: u8 = 3;
 /// Per cent of a server that repair may fill, whatever the margin for new data.
-const REPAIR_FILL_PER_CENT: u64 = 98;
+pub(crate) const REPAIR_FILL_PER_CENT: u64 = 98;
 /// A queue this much longer than the average (in requests) halves the weight.
 const QUEUE_HALF: u64 = 16;
 

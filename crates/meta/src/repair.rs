@@ -190,7 +190,9 @@ impl<K: Kv> Meta<K> {
         let domain = |cs: CsId| slots.binary_search_by_key(&cs, |slot| slot.cs).ok().map(|at| slots[at].domains[level]);
         // A returned server needs only what changed since it went.
         for stale in chunk.stale.iter().filter(|stale| !stale.deleting) {
-            let conflict = strict && members.iter().any(|member| domain(*member) == domain(stale.cs));
+            // Freshening takes room as well.
+            let full = slots.iter().any(|slot| slot.cs == stale.cs && slot.repair_weight == 0);
+            let conflict = full || strict && members.iter().any(|member| domain(*member) == domain(stale.cs));
             if targets.len() == missing || conflict || self.standing(stale.cs) != Standing::Good {
                 continue;
             }

@@ -159,6 +159,7 @@ impl<K: Kv> Meta<K> {
         self.slots = None;
         self.changed();
         self.digest(&cairn_wire::encode(&(cs, beat.stats)));
+        self.watch_fill(cs);
         if let Some(reason) = failed.filter(|_| failed_before.is_none()) {
             self.event(Severity::Error, "MDS-4003", format!("{cs}: its disk failed: {reason}"));
         }

@@ -219,6 +219,7 @@ impl<K: Kv> Meta<K> {
             LeaseRelease { leases } => self.lease_release(client, &leases),
             ChunkAllocate { volume, epoch, indexes } => self.chunk_allocate(client, volume, epoch, &indexes),
             ReplicaFailed { volume, epoch, cs, chunks } => self.replica_failed(client, volume, epoch, cs, &chunks),
+            ReplicaFull { volume, epoch, cs, chunk } => self.replica_full(client, volume, epoch, cs, chunk),
             ChunkDrop { volume, epoch, index, count } => self.chunk_drop(client, volume, epoch, index, count),
             CsRegister { cs, store, addr, location, tier, capacity, repository } => {
                 let new = crate::servers::Registration { store, addr, location, tier, capacity, repository };

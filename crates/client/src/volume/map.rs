@@ -78,6 +78,8 @@ pub(super) struct Chunk {
     pub raise: bool,
     /// A failed copy is being reported.
     pub failing: bool,
+    /// A new place is being asked for, because a server has no room.
+    pub room_asked: bool,
     calls: u32,
     round: u32,
     /// Current replicas that have no such chunk, says the present round of preparation.
@@ -352,7 +354,6 @@ impl Volume {
         round: u32,
         result: Result<CsReply, CsError>,
     ) {
-        let on_no_space = ctx.config.on_no_space;
         let Some(chunk) = self.chunks.get_mut(&index) else { return };
         if chunk.round != round || chunk.calls == 0 {
             return;
@@ -391,10 +392,8 @@ impl Volume {
                     }
                     CsError::VersionMismatch { .. } | CsError::NoSuchChunk(_) => self.fail_copy(ctx, slot, index),
                     CsError::NoSpace => {
-                        if on_no_space == OnNoSpace::Fail {
-                            self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
-                        }
                         self.delay_chunk(ctx, index, LATER);
+                        self.ask_for_room(ctx, slot, index);
                     }
                     CsError::DiskFailed(_) => {
                         self.fail_server(ctx, slot);
@@ -621,7 +620,7 @@ impl Volume {
         }
     }
 
-    fn fail_waiting_writes(&mut self, ctx: &mut Ctx<'_>, index: u64, error: &BlockError) {
+    pub(super) fn fail_waiting_writes(&mut self, ctx: &mut Ctx<'_>, index: u64, error: &BlockError) {
         let waiting = std::mem::take(&mut self.chunk(index).waiting);
         for part in waiting {
             let fresh = self.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0));

@@ -3,12 +3,14 @@
 //! - [`ops`]: what users ask, cut into *parts* of one chunk and at most 1 MiB; range locks order them ([`locks`]).
 //! - [`map`]: the chunk map cache and the preparation of a chunk (fence, create, raise) before it is used.
 //! - [`write`], [`read`]: one part at the replicas. [`flush`]: durability and settling ([`tracker`]).
-//! - [`explain`]: what it waits for, in words. [`fail`]: replicas that fail. [`reconcile`]: making replicas equal after a take-over or a restart.
+//! - [`explain`]: what it waits for, in words. [`fail`]: replicas that fail, [`full`]: that have no room.
+//! - [`reconcile`]: making replicas equal after a take-over or a restart.
 //! - this file: the state, opening and closing.
 
 mod explain;
 mod fail;
 mod flush;
+mod full;
 mod locks;
 mod map;
 mod ops;
@@ -53,6 +55,7 @@ pub(crate) enum VolumeCall {
     Fetch { index: u64 },
     Allocate { indexes: Vec<u64> },
     Failed { slot: u16, index: Option<u64> },
+    Full { index: u64 },
     Drop { op: u64, first: u64, count: u64 },
     Map { from: u64 },
 }
@@ -135,6 +138,8 @@ pub(crate) struct Volume {
     virgin: bool,
     allocate: Vec<u64>,
     allocating: bool,
+    /// The metadata servers said that nobody has room; until then they are not asked again.
+    no_room_until: Option<Instant>,
     /// One past the last block written, to see sequential writers.
     write_end: u64,
 
@@ -187,6 +192,7 @@ impl Volume {
             virgin: false,
             allocate: Vec::new(),
             allocating: false,
+            no_room_until: None,
             write_end: 0,
             servers: Vec::new(),
             slots: FixedMap::default(),
@@ -537,6 +543,7 @@ impl Volume {
             VolumeCall::Fetch { index } => self.on_fetched(ctx, index, result),
             VolumeCall::Allocate { indexes } => self.on_allocated(ctx, indexes, result),
             VolumeCall::Failed { slot, index } => self.on_failed(ctx, slot, index, result),
+            VolumeCall::Full { index } => self.on_room(ctx, index, result),
             VolumeCall::Drop { op, first, count } => self.on_dropped(ctx, op, (first, count), result),
             VolumeCall::Map { from } => self.on_reconcile_map(ctx, from, result),
         }

@@ -33,6 +33,8 @@ pub(crate) enum Done {
     Repair,
     /// A step of the reconciliation.
     Reconcile,
+    /// Takes back the write of this part.
+    Undo(u64),
 }
 
 impl Done {
@@ -41,7 +43,7 @@ impl Done {
         match self {
             Self::User(done) => ctx.done.push(Completion::Block(done, result)),
             Self::Closed(done) => ctx.done.push(Completion::Closed(done)),
-            Self::Idle | Self::Repair | Self::Reconcile => {}
+            Self::Idle | Self::Repair | Self::Reconcile | Self::Undo(_) => {}
         }
     }
 }
@@ -81,6 +83,8 @@ pub(super) enum Kind {
         block: u64,
         count: u32,
         unmap: bool,
+        /// What is read as zeros is unmapped instead of written.
+        zeros_as_holes: bool,
         sources: Vec<u16>,
     },
 }
@@ -451,6 +455,19 @@ impl Volume {
                 held[range].copy_from_slice(&data);
                 self.add_writes(ctx, id, offset / BLOCK_SIZE_U64, vec![Buf::copy_from(&held)], fua);
             }
+            Kind::Copy { block, zeros_as_holes: true, .. } => {
+                let block = *block;
+                let blocks: Vec<Buf> = pieces.into_iter().map(|piece| piece.expect("every piece was read")).collect();
+                for (first, count, data) in super::full::runs(block, &blocks) {
+                    match data {
+                        Some(data) => self.add_writes(ctx, id, first, data, false),
+                        None => {
+                            let cut = (first / self.chunk_blocks, (first % self.chunk_blocks) as u32, count as u32);
+                            self.add_part(ctx, id, cut, Body::Write(Box::new(WritePart::unmap(false))));
+                        }
+                    }
+                }
+            }
             Kind::Copy { block, count, unmap, .. } => {
                 let (block, count, unmap) = (*block, *count, *unmap);
                 if unmap {
@@ -496,7 +513,12 @@ impl Volume {
             edges.push(zero_edge(end / BLOCK_SIZE_U64));
         }
         for (block, bytes) in edges {
-            self.add_writes(ctx, id, block, vec![bytes], fua);
+            if bytes.iter().all(|byte| *byte == 0) {
+                // Zeroing must not need room, and a hole reads the same.
+                self.add_unmaps(ctx, id, block, block + 1, fua);
+            } else {
+                self.add_writes(ctx, id, block, vec![bytes], fua);
+            }
         }
         if whole_first < whole_end {
             self.add_unmaps(ctx, id, whole_first, whole_end, fua);
@@ -545,6 +567,7 @@ impl Volume {
             Done::Idle => self.settling = false,
             Done::Repair => self.repairs -= 1,
             Done::Reconcile => self.on_reconcile_step(ctx, result.is_ok()),
+            Done::Undo(part) => self.on_undone(ctx, *part, op.stage == Stage::Acting, result.is_ok()),
             Done::User(_) | Done::Closed(_) => {}
         }
         let settle = result.is_ok() && matches!(op.done, Done::Idle | Done::Closed(_));
@@ -577,7 +600,9 @@ impl Volume {
 
     /// Copies of the reconciliation that are still reading, in order.
     pub(super) fn reading_copies(&self) -> Vec<u64> {
-        let reads = |op: &Op| op.internal && op.stage == Stage::Reading && matches!(op.kind, Kind::Copy { .. });
+        let reads = |op: &Op| {
+            matches!(op.done, Done::Reconcile) && op.stage == Stage::Reading && matches!(op.kind, Kind::Copy { .. })
+        };
         let mut ids: Vec<u64> = self.ops.iter().filter(|(_, op)| reads(op)).map(|(id, _)| *id).collect();
         ids.sort_unstable();
         ids
@@ -599,7 +624,7 @@ impl Volume {
         }
         self.repairs += 1;
         let block = index * self.chunk_blocks + u64::from(first);
-        let kind = Kind::Copy { block, count, unmap: false, sources: vec![good] };
+        let kind = Kind::Copy { block, count, unmap: false, zeros_as_holes: false, sources: vec![good] };
         self.add_op(ctx, kind, Done::Repair, false);
     }
 }

@@ -413,7 +413,13 @@ impl Volume {
         {
             reconcile.under_way += 1;
             let block = copy.index * self.chunk_blocks + u64::from(copy.first);
-            let kind = Kind::Copy { block, count: copy.count, unmap: copy.unmap, sources: copy.sources };
+            let kind = Kind::Copy {
+                block,
+                count: copy.count,
+                unmap: copy.unmap,
+                zeros_as_holes: false,
+                sources: copy.sources,
+            };
             self.add_op(ctx, kind, Done::Reconcile, true);
         }
         let Some(reconcile) = self.reconcile.as_mut().filter(|r| r.stage == Stage::Copy && r.under_way == 0) else {

@@ -58,19 +58,21 @@ impl ReadPart {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum At {
+pub(super) enum At {
     /// To be sent (again) when the chunk is ready.
     Unsent,
     Sent,
     /// The server has no such chunk.
     Missing,
+    /// The server has no room for it.
+    Refused,
     Ok,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Target {
-    slot: u16,
-    at: At,
+pub(super) struct Target {
+    pub slot: u16,
+    pub at: At,
     /// Version in which it was last sent: a server that joined the set later has lost what it had before.
     version: ChunkVersion,
 }
@@ -89,7 +91,9 @@ pub(super) struct WritePart {
     /// Zero until first sent.
     pub sequence: u64,
     packet: Option<(ChunkVersion, Rc<Packet>)>,
-    targets: Vec<Target>,
+    pub targets: Vec<Target>,
+    /// Nobody has room for it: those who took it are being given back what they had.
+    pub undoing: bool,
     refused_since: Option<Instant>,
     timer: bool,
     /// Every target has it, but the chunk is below its minimum.
@@ -111,6 +115,7 @@ impl WritePart {
             sequence: 0,
             packet: None,
             targets: Vec::new(),
+            undoing: false,
             refused_since: None,
             timer: false,
             parked: false,
@@ -123,6 +128,11 @@ impl WritePart {
             self.targets.iter().map(|t| format!("slot {} {:?} at {}", t.slot, t.at, t.version)).collect();
         let parked = if self.parked { ", parked below the minimum" } else { "" };
         format!("write {}: {}{parked}", self.sequence, targets.join(", "))
+    }
+
+    /// Those who had no room are to be asked once more.
+    fn ask_again(&mut self) {
+        self.targets.iter_mut().filter(|target| target.at == At::Refused).for_each(|target| target.at = At::Unsent);
     }
 
     fn mapped(self) -> Self {
@@ -259,6 +269,9 @@ impl Volume {
         let settled = self.tracker.settled();
         let Some(part) = self.parts.get_mut(id) else { return };
         let Body::Write(write) = &mut part.body else { return };
+        if write.undoing {
+            return;
+        }
         let Some(Some(entry)) = self.chunks.get(&part.index).map(|chunk| &chunk.entry) else { return };
         if write.packet.as_ref().is_none_or(|(version, _)| *version != entry.version) {
             let request = DataRequest {
@@ -350,7 +363,14 @@ impl Volume {
                 chunk.ready = false;
                 self.drive(ctx, index);
             }
-            DataStatus::NoSpace => self.on_no_space(ctx, id),
+            DataStatus::NoSpace => {
+                if let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id)
+                    && let Some(target) = write.targets.iter_mut().find(|target| target.slot == slot)
+                {
+                    target.at = At::Refused;
+                }
+                self.on_no_space(ctx, id);
+            }
             DataStatus::StaleEpoch => self.die(ctx, BlockError::Fenced),
             DataStatus::DiskFailed => {
                 self.fail_server(ctx, slot);
@@ -404,22 +424,7 @@ impl Volume {
         }
     }
 
-    fn on_no_space(&mut self, ctx: &mut Ctx<'_>, id: u64) {
-        let Some(part) = self.parts.get(id) else { return };
-        let Body::Write(write) = &part.body else { return };
-        let untouched = write.targets.iter().all(|target| target.at == At::Unsent);
-        if ctx.config.on_no_space == crate::config::OnNoSpace::Fail && untouched && !part.internal && !part.revived {
-            // No replica took it, so all still hold what they held.
-            let sequence = write.sequence;
-            self.tracker.void(sequence);
-            self.finish_part(ctx, id, Err(BlockError::NoSpace));
-            self.advance(ctx);
-            return;
-        }
-        self.retry_soon(ctx, id, LATER);
-    }
-
-    fn retry_soon(&mut self, ctx: &mut Ctx<'_>, id: u64, after: Duration) {
+    pub(super) fn retry_soon(&mut self, ctx: &mut Ctx<'_>, id: u64, after: Duration) {
         if let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id)
             && !write.timer
         {
@@ -438,6 +443,7 @@ impl Volume {
         match &mut part.body {
             Body::Write(write) => {
                 write.timer = false;
+                write.ask_again();
                 if self.chunk(index).ready {
                     self.send_unsent(ctx, id);
                 } else {
@@ -462,6 +468,9 @@ impl Volume {
     fn check_write(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let Some(part) = self.parts.get_mut(id) else { return };
         let Body::Write(write) = &mut part.body else { return };
+        if write.undoing {
+            return;
+        }
         let have = write.targets.iter().filter(|target| target.at == At::Ok).count();
         let enough = if planted!("acknowledge_before_all_replicas") {
             have + 1 >= write.targets.len()
@@ -472,6 +481,7 @@ impl Volume {
             if write.targets.iter().any(|target| target.at == At::Missing) {
                 self.check_missing(ctx, id);
             }
+            self.on_no_space(ctx, id);
             return;
         }
         let (sequence, index) = (write.sequence, part.index);
@@ -530,6 +540,10 @@ impl Volume {
         for (sequence, id) in writes {
             let Some(part) = self.parts.get_mut(id) else { continue };
             let Body::Write(write) = &mut part.body else { continue };
+            if write.undoing {
+                continue;
+            }
+            write.ask_again();
             for gone in write.targets.iter().filter(|t| entry.rep(t.slot).is_none()) {
                 let number = self.servers[gone.slot as usize].number;
                 ctx.servers.cancel(

@@ -2,6 +2,7 @@
 
 mod data;
 mod faults;
+mod full;
 #[cfg(feature = "planted")]
 mod plants;
 mod world;

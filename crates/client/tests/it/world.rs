@@ -155,6 +155,7 @@ struct Place {
     paused: bool,
     held: Vec<Event>,
     wake: Option<u64>,
+    size: u64,
     uuid: u8,
     cs: Option<CsId>,
 }
@@ -207,6 +208,11 @@ pub fn addr(place: usize) -> SocketAddr {
 impl World {
     /// One metadata server at place 0, chunk servers from 1 on.
     pub fn new(seed: u64, servers: usize) -> Self {
+        Self::with_disks(seed, &vec![DISK_SIZE; servers])
+    }
+
+    /// One chunk server for each of these disks.
+    pub fn with_disks(seed: u64, disks: &[u64]) -> Self {
         let mut world = Self {
             now: SECOND,
             rng: Rng::new(seed),
@@ -224,23 +230,30 @@ impl World {
             tokens: 0,
             on_no_space: OnNoSpace::Wait,
         };
-        let mds = world.add_place();
+        let mds = world.add_place(DISK_SIZE);
         world.launch(mds, Box::new(Mds::new()));
-        for _ in 0..servers {
-            let place = world.add_place();
-            world.format(place);
-            world.start_cs(place);
+        for size in disks {
+            world.add_server(*size);
         }
         world.run_for(500 * MS);
         world
     }
 
-    fn add_place(&mut self) -> usize {
+    /// One more chunk server.
+    pub fn add_server(&mut self, size: u64) -> usize {
+        let place = self.add_place(size);
+        self.format(place);
+        self.start_cs(place);
+        place
+    }
+
+    fn add_place(&mut self, size: u64) -> usize {
         let place = self.places.len();
         self.places.push(Place {
             addr: addr(place),
             process: None,
-            disk: SimDisk::new(DISK_SIZE),
+            disk: SimDisk::new(size),
+            size,
             incarnation: 0,
             paused: false,
             held: Vec::new(),
@@ -253,8 +266,9 @@ impl World {
 
     fn format(&mut self, place: usize) {
         let config = StoreConfig { cluster: CLUSTER, store_uuid: [place as u8; 16], capacity_bytes: 0 };
+        let size = self.places[place].size;
         let disk = &mut self.places[place].disk;
-        for (io, op) in cairn_store::format(&config, DISK_SIZE).unwrap().into_iter().enumerate() {
+        for (io, op) in cairn_store::format(&config, size).unwrap().into_iter().enumerate() {
             disk.submit(DiskRequest { io: IoId(io as u64), op });
             disk.complete(IoId(io as u64)).unwrap().result.unwrap();
         }
@@ -283,7 +297,7 @@ impl World {
             scrub_chunks_per_minute: 0,
         };
         let options = StoreOptions { cluster: Some(CLUSTER), store_uuid: Some(uuid), ..Default::default() };
-        let store = Store::new(DISK_SIZE, options);
+        let store = Store::new(self.places[place].size, options);
         let rng = Rng::new(self.rng.next_u64());
         self.launch(place, Box::new(CsCore::new(config, store, rng)));
     }
@@ -299,7 +313,7 @@ impl World {
 
     /// Adds a client and waits for its session.
     pub fn add_client(&mut self) -> usize {
-        let place = self.add_place();
+        let place = self.add_place(DISK_SIZE);
         let config = CoreConfig {
             mds: vec![addr(0)],
             host: HostId([200 + place as u8; 16]),

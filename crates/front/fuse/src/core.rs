@@ -63,8 +63,6 @@ pub(crate) struct Handle {
     /// Value of [`File::fences`] at open: a writer whose lease was lost since must not go on as if nothing had
     /// happened.
     pub fences: u64,
-    /// Value of [`File::pages_round`] at open.
-    pub pages_round: u64,
 }
 
 /// State of one mount.

@@ -10,13 +10,17 @@
 //!
 //! Invariants:
 //! - F1: cached pages of an inode in the kernel were read under the present lease of its file, or under no other holder
-//!   since. So before a lease is given away to somebody else the kernel forgets the pages, and an open that cannot show
-//!   an unbroken lease drops them.
+//!   since. So before a lease is given away the kernel forgets the pages. Whether it has is decided when the lease goes
+//!   and nothing is under way any more: pages are left unless every answer that could have filled one came before the
+//!   last forgetting began. Where pages are left, the next open waits until they are forgotten under the next lease.
 //! - F2: while the lease is exclusive this mount owns size and modification time. They reach the metadata servers with
 //!   fsync and close, at the latest after a second, always before the lease goes, and never reordered with a
 //!   truncation.
 //! - F3: `Exclusive` is asked for whenever a handle may write. So a write, for which the kernel holds pages locked,
 //!   never waits for the kernel to forget those pages.
+//! - F4: pages are forgotten only while nobody has the file open for writing. The kernel puts what is written into the
+//!   cache before it sends it; forgotten in between and read anew, the page would hold what was there before the write.
+//!   So no open makes the kernel forget pages, and a writer's open waits for a lease that is on its way out to be gone.
 
 use crate::attr::wall_ns;
 use crate::backend::Volume;
@@ -36,14 +40,16 @@ const IDLE_MAX: usize = 4096;
 const ATTR_TICKS: u64 = 30;
 
 /// Called with the volume once the lease suffices.
-pub(crate) type Waiter = (LeaseMode, Box<dyn FnOnce(&Rc<Core>, Result<Rc<dyn Volume>, Errno>)>);
+pub(crate) type WithVolume = Box<dyn FnOnce(&Rc<Core>, Result<Rc<dyn Volume>, Errno>)>;
+/// The mode needed, and what waits for it.
+pub(crate) type Waiter = (LeaseMode, WithVolume);
 
 /// Why a lease is given away, and so how.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Departure {
     /// Another client asked, or a stronger mode is needed here: pages are dropped, the lease goes at once.
     Wanted,
-    /// Nobody used the file for a while: attributes are dropped, the lease goes when convenient.
+    /// Nobody used the file for a while: pages are dropped, the lease goes when convenient.
     Idle,
     /// The file lost its last name and its last handle.
     Orphan,
@@ -72,15 +78,23 @@ pub(crate) struct File {
     pub(crate) recalled: Cell<bool>,
     /// F1 holds for the pages the kernel has.
     pub(crate) pages_valid: Cell<bool>,
-    /// How often F1 has stopped to hold: tells whether a handle was opened since.
+    /// How often F1 has stopped to hold.
     pub(crate) pages_round: Cell<u64>,
+    /// The kernel is being told to forget pages for which F1 does not hold.
+    pub(crate) cleaning: Cell<bool>,
+    /// Waiting for F1 to hold.
+    pub(crate) page_waiters: RefCell<Vec<Later>>,
     pub(crate) waiters: RefCell<Vec<Waiter>>,
     pub(crate) handles: Cell<u32>,
     pub(crate) writers: Cell<u32>,
     pub(crate) idle_listed: Cell<bool>,
     pub(crate) idle_since: Cell<u64>,
     pub(crate) in_flight: Cell<u32>,
-    pub(crate) reads_answered: Cell<u64>,
+    pub(crate) reads_in_flight: Cell<u32>,
+    /// Answers after which the kernel may have a page it had not before.
+    pub(crate) pages_filled: Cell<u64>,
+    /// Value of `pages_filled` up to which the kernel has forgotten all pages.
+    pub(crate) pages_forgotten: Cell<u64>,
     pub(crate) size: Cell<u64>,
     pub(crate) append_end: Cell<u64>,
     pub(crate) mtime_ns: Cell<u64>,
@@ -98,6 +112,11 @@ pub(crate) struct File {
 }
 
 impl File {
+    /// The kernel may have pages of the present lease.
+    pub(crate) fn has_pages(&self) -> bool {
+        self.pages_filled.get() != self.pages_forgotten.get()
+    }
+
     /// F1 does not hold any more for the pages the kernel has.
     pub(crate) fn pages_outdated(&self) {
         self.pages_valid.set(false);
@@ -113,15 +132,20 @@ impl File {
             lease: RefCell::new(Lease::None),
             departing: Cell::new(false),
             recalled: Cell::new(false),
-            pages_valid: Cell::new(false),
+            // What was in use before and is not any more has left no pages, see [`Core::drop_if_unused`].
+            pages_valid: Cell::new(true),
             pages_round: Cell::new(0),
+            cleaning: Cell::new(false),
+            page_waiters: RefCell::default(),
             waiters: RefCell::default(),
             handles: Cell::new(0),
             writers: Cell::new(0),
             idle_listed: Cell::new(false),
             idle_since: Cell::new(0),
             in_flight: Cell::new(0),
-            reads_answered: Cell::new(0),
+            reads_in_flight: Cell::new(0),
+            pages_filled: Cell::new(0),
+            pages_forgotten: Cell::new(0),
             size: Cell::new(0),
             append_end: Cell::new(0),
             mtime_ns: Cell::new(0),
@@ -198,14 +222,15 @@ impl File {
         }
     }
 
-    /// Attributes that need no call, under an exclusive lease.
+    /// Attributes that need no call, under an exclusive lease. Of a file with several names not: one of them may go by a
+    /// path that says nothing of this inode, and the count with it.
     pub fn known_attr(&self, now: u64) -> Option<Attr> {
         if !self.is_exclusive() {
             return None;
         }
         let known = self.attr.borrow();
         let (attr, since) = known.as_ref()?;
-        (now - since <= ATTR_TICKS).then(|| attr.clone())
+        (now - since <= ATTR_TICKS && attr.nlink == 1).then(|| attr.clone())
     }
 
     /// Permission bits, if known.
@@ -350,7 +375,9 @@ impl Core {
             && !file.attr_busy.get()
             && file.in_flight.get() == 0
             && matches!(&*file.lease.borrow(), Lease::None);
-        if unused {
+        if unused && !file.pages_valid.get() {
+            self.clean_pages(file);
+        } else if unused {
             self.dirty.borrow_mut().remove(&file.inode);
             let mut files = self.files.borrow_mut();
             if files.get(&file.inode).is_some_and(|known| Rc::ptr_eq(known, file)) {

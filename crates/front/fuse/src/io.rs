@@ -43,6 +43,7 @@ impl Core {
             BlockOp::Write { offset, data, .. } => (false, Some((*offset, data.len() as u64))),
             _ => (false, None),
         };
+        file.reads_in_flight.set(file.reads_in_flight.get() + u32::from(is_read));
         let (core, file, used) = (Rc::clone(self), Rc::clone(file), Rc::clone(volume));
         let complete = move |result: Result<BlockReply, BlockError>| {
             let result = match result {
@@ -59,9 +60,8 @@ impl Core {
                 Err(error) => Err(core.failed(&file, &used, &error, written)),
             };
             done(&core, result);
-            if is_read {
-                file.reads_answered.set(file.reads_answered.get() + 1);
-            }
+            file.pages_filled.set(file.pages_filled.get() + 1);
+            file.reads_in_flight.set(file.reads_in_flight.get() - u32::from(is_read));
             file.in_flight.set(file.in_flight.get() - 1);
             if file.in_flight.get() == 0 {
                 file.append_end.set(file.size.get());

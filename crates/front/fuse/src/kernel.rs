@@ -6,7 +6,7 @@ use crate::attr::{TTL_NEGATIVE, absent_attr, file_attr, file_type, kind_of_mode,
 use crate::backend::Runner;
 use crate::core::{Core, Done, Stat, with_core};
 use crate::log::Log;
-use crate::ops_file::{WriteArgs, open_flags};
+use crate::ops_file::{Opened, WriteArgs};
 use crate::ops_name::NewNode;
 use crate::ops_range::CopyEnd;
 use crate::pieces::join;
@@ -271,12 +271,12 @@ impl Filesystem for Kernel {
         let (kind, mode) = (InodeKind::File, mode & 0o7777);
         let node = NewNode { kind, mode, uid: request.uid(), gid: request.gid(), rdev: 0 };
         self.run(move |core| {
-            let reply = move |result: Result<(Stat, u64), Errno>| match result {
-                Ok((stat, handle)) => {
+            let reply = move |result: Result<(Stat, Opened), Errno>| match result {
+                Ok((stat, opened)) => {
                     // One time to live covers name and attributes here; the shorter is right for both.
                     let ttl = crate::attr::TTL_SHARED;
                     let attr = file_attr(&stat.attr);
-                    reply.created(&ttl, &attr, GENERATION, FileHandle(handle), open_flags(flags, true));
+                    reply.created(&ttl, &attr, GENERATION, FileHandle(opened.handle), opened.flags);
                 }
                 Err(errno) => reply.error(errno),
             };

@@ -2,8 +2,8 @@
 
 use crate::attr::open_errno;
 use crate::backend::{OpenFailure, Volume};
-use crate::core::{Core, Handle};
-use crate::files::{Departure, File, Lease};
+use crate::core::{Core, Later};
+use crate::files::{Departure, File, Lease, WithVolume};
 use cairn_env::block::BlockError;
 use cairn_types::{InodeId, VolumeId};
 use cairn_wire::mds::{LeaseMode, MdsRequest};
@@ -30,7 +30,6 @@ impl Core {
     }
     /// Takes over the lease of a file just created: it is empty, and the kernel has no page of it.
     pub fn adopt(self: &Rc<Self>, file: &Rc<File>, volume: Rc<dyn Volume>) {
-        file.pages_valid.set(true);
         file.capabilities.set(Some(false));
         self.hold(file, volume, LeaseMode::Exclusive);
     }
@@ -49,6 +48,7 @@ impl Core {
         file.recalled.set(false);
         file.departing.set(false);
         *file.lease.borrow_mut() = Lease::Held { volume, mode };
+        self.clean_pages(file);
     }
 
     fn recall(self: &Rc<Self>, file: &Rc<File>, recalled: &Rc<dyn Volume>, wanted: LeaseMode) {
@@ -65,20 +65,33 @@ impl Core {
         }
     }
 
-    /// True when the kernel may keep the pages it has over this open (F1).
-    ///
-    /// An open without that makes the kernel forget them, but only when it gets to the answer: another open may
-    /// overtake it. So pages count as valid again from the first request of such a handle on, see
-    /// [`Core::uses_handle`].
-    pub fn claim_pages(&self, file: &File) -> bool {
-        file.pages_valid.get()
+    /// Runs `then` as soon as F1 holds for the pages the kernel has.
+    pub fn with_valid_pages(self: &Rc<Self>, file: &Rc<File>, then: Later) {
+        if file.pages_valid.get() {
+            return then(self);
+        }
+        file.page_waiters.borrow_mut().push(then);
+        self.clean_pages(file);
     }
 
-    /// A request of a handle proves that the kernel has taken its open, and with it forgotten older pages.
-    pub fn uses_handle(&self, handle: &Handle) {
-        if handle.pages_round == handle.file.pages_round.get() {
-            handle.file.pages_valid.set(true);
+    /// Makes the kernel forget pages for which F1 does not hold. Reads under way end under the present lease; where there
+    /// is none, nobody has the file open.
+    pub(crate) fn clean_pages(self: &Rc<Self>, file: &Rc<File>) {
+        if file.pages_valid.get() || file.cleaning.replace(true) {
+            return;
         }
+        let (round, cleaned) = (file.pages_round.get(), Rc::clone(file));
+        let then = move |core: &Rc<Self>| {
+            cleaned.cleaning.set(false);
+            if cleaned.pages_round.get() != round {
+                return core.clean_pages(&cleaned);
+            }
+            cleaned.pages_valid.set(true);
+            let waiters = std::mem::take(&mut *cleaned.page_waiters.borrow_mut());
+            waiters.into_iter().for_each(|then| then(core));
+            core.drop_if_unused(&cleaned);
+        };
+        self.notify(file.inode, true, Box::new(then));
     }
 
     /// Runs `then` with the volume as soon as the lease allows `need`.
@@ -92,7 +105,12 @@ impl Core {
             then(self, Ok(volume));
             return;
         }
-        file.waiters.borrow_mut().push((need, Box::new(then)));
+        self.wait_for_lease(file, need, Box::new(then));
+    }
+
+    /// As [`Core::with_volume`], under the next lease when the present one is on its way out or does not suffice.
+    pub(crate) fn wait_for_lease(self: &Rc<Self>, file: &Rc<File>, need: LeaseMode, then: WithVolume) {
+        file.waiters.borrow_mut().push((need, then));
         if matches!(&*file.lease.borrow(), Lease::Opening) {
             let until = self.now_tick.get() + 1 + self.lease_wait;
             self.opening.borrow_mut().entry(file.inode).or_insert(until);
@@ -162,31 +180,24 @@ impl Core {
             return;
         }
         match why {
-            Departure::Wanted => self.forget_pages(file, 0),
-            Departure::Idle => {
-                let leaving = Rc::clone(file);
-                self.notify(file.inode, false, Box::new(move |core| core.leave(&leaving, Departure::Idle)));
-            }
+            Departure::Wanted | Departure::Idle => self.forget_pages(file, why, 0),
             Departure::Orphan => self.leave(file, Departure::Orphan),
         }
     }
 
     /// Drops the kernel's pages. Reads go on under the old lease meanwhile, because the kernel waits for pages locked
-    /// by reads under way; if any was answered, its pages may have come too late to be dropped, so once more.
-    fn forget_pages(self: &Rc<Self>, file: &Rc<File>, round: u32) {
-        let before = file.reads_answered.get();
+    /// by reads under way. A read answered meanwhile, or still under way now, may fill a page where the kernel has
+    /// already been: so once more. When readers never pause the lease goes regardless, see [`Core::leave_when_drained`].
+    fn forget_pages(self: &Rc<Self>, file: &Rc<File>, why: Departure, round: u32) {
+        let before = file.pages_filled.get();
         let leaving = Rc::clone(file);
         let then = move |core: &Rc<Self>| {
-            let late = leaving.reads_answered.get() != before;
+            leaving.pages_forgotten.set(before);
+            let late = leaving.has_pages() || leaving.reads_in_flight.get() > 0;
             if late && round < FORGET_ROUNDS_MAX {
-                core.forget_pages(&leaving, round + 1);
-                return;
-            }
-            core.leave(&leaving, Departure::Wanted);
-            if late {
-                // Readers never paused. New reads wait for the next lease now, so nobody may wait for this notice.
-                leaving.pages_outdated();
-                core.notify(leaving.inode, true, Box::new(|_| ()));
+                core.forget_pages(&leaving, why, round + 1);
+            } else {
+                core.leave(&leaving, why);
             }
         };
         self.notify(file.inode, true, Box::new(then));
@@ -221,6 +232,11 @@ impl Core {
             _ => None,
         };
         let Some((volume, why)) = ready else { return };
+        if file.has_pages() {
+            // From here on they may be older than the file (F1). They are forgotten under the next lease: now, the kernel
+            // would wait for reads that themselves wait for that lease.
+            file.pages_outdated();
+        }
         // Whoever opens the volume next from this client may get it without a question to the metadata servers.
         volume.set_size(file.size.get());
         let leaving = Rc::clone(file);
@@ -248,7 +264,8 @@ impl Core {
         file.attr_changing();
         // Giving a lease back flushes.
         file.writes_flushed.set(file.writes_answered.get());
-        if !file.waiters.borrow().is_empty() {
+        let readers_see_old_pages = file.handles.get() > 0 && !file.pages_valid.get();
+        if readers_see_old_pages || !file.waiters.borrow().is_empty() {
             self.start_open(file);
         } else if file.handles.get() == 0 && (why == Departure::Orphan || file.orphan.get()) {
             self.close_orphan(file);

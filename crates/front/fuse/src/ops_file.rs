@@ -33,11 +33,9 @@ pub(crate) struct WriteArgs {
 }
 
 /// How the kernel is to treat an open file with these flags.
-pub(crate) fn open_flags(flags: i32, keep_cache: bool) -> FopenFlags {
-    let mut answer = FopenFlags::empty();
-    if keep_cache {
-        answer |= FopenFlags::FOPEN_KEEP_CACHE;
-    }
+pub(crate) fn open_flags(flags: i32) -> FopenFlags {
+    // Without this every open would drop the pages, and that at a moment of the kernel's choice (F4).
+    let mut answer = FopenFlags::FOPEN_KEEP_CACHE;
     if flags & libc::O_DIRECT != 0 {
         answer |= FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
     }
@@ -57,27 +55,39 @@ impl Core {
         self.add_handle(&file, writer);
         let need = if writer { LeaseMode::Exclusive } else { LeaseMode::Shared };
         let opened = Rc::clone(&file);
-        self.with_volume(&file, need, move |core, volume| {
-            if let Err(errno) = volume {
+        let then = move |core: &Rc<Self>, volume: Result<_, Errno>| match volume {
+            Ok(_) => {
+                let file = Rc::clone(&opened);
+                core.with_valid_pages(&opened, Box::new(move |core| core.opened_file(&file, flags, done)));
+            }
+            Err(errno) => {
                 core.drop_handle(&opened, writer);
-                return done(Err(errno));
+                done(Err(errno));
             }
-            let handle = core.enter_handle(&opened, writer);
-            let answer = Opened { handle, flags: open_flags(flags, core.claim_pages(&opened)) };
-            // Another mount may have changed the size since the kernel asked; then it must ask again before it reads.
-            let outdated = core.told(inode).is_some_and(|told| told.size != opened.size());
-            if outdated {
-                core.notify(inode, false, Box::new(move |_| done(Ok(answer))));
-            } else {
-                done(Ok(answer));
-            }
-        });
+        };
+        if writer && file.departing.get() {
+            // Pages are being forgotten, so nobody may begin to write (F4): this one has the next lease.
+            self.wait_for_lease(&file, need, Box::new(then));
+        } else {
+            self.with_volume(&file, need, then);
+        }
+    }
+
+    fn opened_file(self: &Rc<Self>, file: &Rc<File>, flags: i32, done: Done<Opened>) {
+        let handle = self.enter_handle(file, flags & libc::O_ACCMODE != libc::O_RDONLY);
+        let answer = Opened { handle, flags: open_flags(flags) };
+        // Another mount may have changed the size since the kernel asked; then it must ask again before it reads.
+        let outdated = self.told(file.inode).is_some_and(|told| told.size != file.size());
+        if outdated {
+            self.notify(file.inode, false, Box::new(move |_| done(Ok(answer))));
+        } else {
+            done(Ok(answer));
+        }
     }
 
     /// The handle of an operation, unless the lease it wrote under was lost since it was opened.
     fn live_handle(&self, number: u64) -> Result<Rc<Handle>, Errno> {
         let handle = self.handle(number)?;
-        self.uses_handle(&handle);
         if handle.writer && handle.fences != handle.file.fences.get() { Err(Errno::EIO) } else { Ok(handle) }
     }
 

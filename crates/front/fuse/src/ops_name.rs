@@ -3,7 +3,7 @@
 use crate::attr::mode_without_privileges;
 use crate::core::{Core, Done, Handle, Stat};
 use crate::files::File;
-use crate::ops_file::Opened;
+use crate::ops_file::{Opened, open_flags};
 use cairn_types::InodeId;
 use cairn_wire::mds::{InodeKind, MdsError, MdsReply, MdsRequest, NAME_MAX, RenameMode, SYMLINK_MAX, SetAttr};
 use fuser::Errno;
@@ -58,7 +58,14 @@ impl Core {
     }
 
     /// Creates a file and opens it: one call, the exclusive lease comes with the answer.
-    pub fn create(self: &Rc<Self>, parent: InodeId, name: Vec<u8>, node: NewNode, flags: i32, done: Done<(Stat, u64)>) {
+    pub fn create(
+        self: &Rc<Self>,
+        parent: InodeId,
+        name: Vec<u8>,
+        node: NewNode,
+        flags: i32,
+        done: Done<(Stat, Opened)>,
+    ) {
         if let Err(errno) = check_name(&name) {
             return done(Err(errno));
         }
@@ -73,7 +80,7 @@ impl Core {
                 }
                 file.learn(&attr, core.now_tick.get());
                 let handle = core.enter_handle(&file, true);
-                done(Ok((core.stat(attr), handle)));
+                done(Ok((core.stat(attr), Opened { handle, flags: open_flags(flags) })));
             }
             Ok(other) => done(Err(core.unexpected(&other))),
             Err(MdsError::Posix(libc::EEXIST)) if flags & libc::O_EXCL == 0 => {
@@ -84,12 +91,12 @@ impl Core {
     }
 
     /// Somebody else created the name since the kernel looked.
-    fn open_existing(self: &Rc<Self>, parent: InodeId, name: Vec<u8>, flags: i32, done: Done<(Stat, u64)>) {
+    fn open_existing(self: &Rc<Self>, parent: InodeId, name: Vec<u8>, flags: i32, done: Done<(Stat, Opened)>) {
         self.call_attr(MdsRequest::Lookup { parent, name }, move |core, result| match result {
             Ok(attr) if attr.kind == InodeKind::File => {
                 let (inode, entry) = (attr.inode, Rc::clone(core));
                 let opened = move |result: Result<Opened, Errno>| {
-                    done(result.map(|opened| (entry.stat(attr), opened.handle)));
+                    done(result.map(|opened| (entry.stat(attr), opened)));
                 };
                 core.open(inode, flags, Box::new(opened));
             }
@@ -102,8 +109,7 @@ impl Core {
     /// Enters a handle of a file whose handle count already includes it.
     pub fn enter_handle(&self, file: &Rc<File>, writer: bool) -> u64 {
         let number = self.new_handle();
-        let handle =
-            Handle { file: Rc::clone(file), writer, fences: file.fences.get(), pages_round: file.pages_round.get() };
+        let handle = Handle { file: Rc::clone(file), writer, fences: file.fences.get() };
         self.handles.borrow_mut().insert(number, Rc::new(handle));
         number
     }

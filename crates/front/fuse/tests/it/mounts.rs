@@ -6,6 +6,7 @@ use cairn_fuse::MountError;
 use cairn_stdx::{Rng, checksum::crc64};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -258,4 +259,23 @@ pub fn figures_on(mount: &TestMount) {
         created = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap_or(0);
     }
     println!("small files created, written and closed: {created}/s");
+}
+
+#[test]
+fn link_counts_follow_every_change_of_a_name() {
+    let Some(mount) = TestMount::new(&Cluster::start(14), "") else { return };
+    let (one, two) = (mount.path().join("one"), mount.path().join("two"));
+    let mut file = fs::File::create(&one).expect("create");
+    std::io::Write::write_all(&mut file, b"x").expect("write");
+    fs::hard_link(&one, &two).expect("link");
+    assert_eq!(file.metadata().expect("stat").nlink(), 2);
+    assert_eq!(fs::metadata(&one).expect("stat").nlink(), 2);
+    fs::remove_file(&two).expect("unlink");
+    assert_eq!(file.metadata().expect("stat").nlink(), 1);
+    fs::hard_link(&one, &two).expect("link");
+    fs::write(mount.path().join("three"), b"y").expect("write");
+    fs::rename(mount.path().join("three"), &two).expect("replace one of the names");
+    assert_eq!(file.metadata().expect("stat").nlink(), 1);
+    fs::remove_file(&one).expect("unlink");
+    assert_eq!(file.metadata().expect("stat").nlink(), 0);
 }

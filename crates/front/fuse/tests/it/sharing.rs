@@ -150,7 +150,6 @@ fn read_rounds(directory: &Path, shared: &Shared, rounds: usize) {
 }
 
 #[test]
-#[ignore = "open defect: about one run in twelve reads outdated data, see docs/status.md"]
 fn mounts_that_fight_over_files_never_read_what_is_outdated() {
     let Some((_cluster, a, b)) = two("lease-wait=5") else { return };
     let shared = Shared::default();
