@@ -2,8 +2,8 @@
 //!
 //! All links of a reactor receive into one shared *scratch* buffer. Small frames are cut out of it and only the tail of
 //! an unfinished one is kept; a large frame gets a buffer of its own, into which the socket then reads directly. Memory
-//! grows with what has arrived, never with what a header promises (I19): the payload's buffer is made once a quarter of
-//! it is here.
+//! grows with what has arrived, never with what a header promises (I19): up to [`AT_ONCE_MAX`], one per authenticated
+//! link, the payload's buffer is made at once; a larger one when a quarter of it is here.
 
 use cairn_env::{Buf, BufMut};
 use cairn_stdx::checksum::crc32c;
@@ -11,6 +11,10 @@ use cairn_wire::frame::{FRAME_HEADER_SIZE, Frame, FrameError, FrameHeader, Frame
 
 /// Frames up to this size wait for their end as plain bytes; the scratch buffer must be larger.
 pub const SMALL_FRAME_MAX: usize = 32 << 10;
+/// Payloads up to this size, the largest of the data path, get their buffer with their first byte.
+const AT_ONCE_MAX: usize = 1 << 20;
+/// What is received into the scratch buffer where a large frame is expected: the rest goes straight to its place.
+const HEAD_ROOM: usize = 8 << 10;
 /// Less than this is not worth a receive call of its own.
 const DIRECT_MIN: usize = 8 << 10;
 
@@ -31,12 +35,19 @@ pub struct Cutter {
     kept: Vec<u8>,
     large: Option<Box<Large>>,
     authenticated: bool,
+    /// The last frame was a large one: the next may be, too.
+    large_before: bool,
 }
 
 impl Cutter {
     /// From now on frames of every kind and size are accepted.
     pub fn set_authenticated(&mut self) {
         self.authenticated = true;
+    }
+
+    /// Most bytes to receive into the scratch buffer.
+    pub fn scratch_max(&self) -> usize {
+        if self.large_before { HEAD_ROOM + self.kept.len() } else { usize::MAX }
     }
 
     /// The rest of a large payload, when the socket should read straight into it; then call [`Cutter::direct_filled`].
@@ -91,6 +102,7 @@ impl Cutter {
             self.large = Some(Box::new(Large { header, kind, prefix, early, payload: None, filled: 0 }));
             return self.continue_large(bytes);
         }
+        self.large_before = false;
         let (frame, rest) = bytes.split_at(size);
         *bytes = rest;
         let (prefix, payload) = frame[FRAME_HEADER_SIZE..].split_at(prefix_len);
@@ -120,10 +132,10 @@ impl Cutter {
         match &mut large.payload {
             Some(payload) => payload[large.filled - now.len()..large.filled].copy_from_slice(now),
             None => {
-                if large.filled * 4 < payload_len {
+                if payload_len > AT_ONCE_MAX && large.filled * 4 < payload_len {
                     large.early.extend_from_slice(now);
                 } else {
-                    let mut payload = BufMut::zeroed(payload_len);
+                    let mut payload = BufMut::recycled(payload_len);
                     let early = std::mem::take(&mut large.early);
                     payload[..early.len()].copy_from_slice(&early);
                     payload[early.len()..large.filled].copy_from_slice(now);
@@ -137,6 +149,7 @@ impl Cutter {
     fn finish_large(&mut self) -> Option<Frame> {
         let payload_len = |large: &Large| large.header.payload_len.get() as usize;
         let large = *self.large.take_if(|large| large.filled == payload_len(large))?;
+        self.large_before = true;
         let payload = large.payload.map_or_else(Buf::default, BufMut::freeze);
         Some(Frame { kind: large.kind, id: large.header.id.get(), prefix: large.prefix, payload })
     }

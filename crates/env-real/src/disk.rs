@@ -27,7 +27,8 @@ pub struct DiskOptions {
     pub read_only: bool,
     /// Bypasses the page cache. Falls back, with a warning, where the file system cannot (tmpfs).
     pub direct: bool,
-    /// How far ahead of the furthest write never-written extents are filled with zeros; 0 turns filling off.
+    /// How far ahead of the furthest write never-written extents are filled with zeros while the disk is idle; 0 turns
+    /// filling off.
     pub fill_ahead: u64,
 }
 
@@ -39,7 +40,7 @@ impl Default for DiskOptions {
             deadline: Duration::from_secs(30),
             read_only: false,
             direct: true,
-            fill_ahead: 256 << 20,
+            fill_ahead: 4 << 30,
         }
     }
 }

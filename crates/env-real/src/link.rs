@@ -362,8 +362,9 @@ impl<P: Process + 'static> Inner<P> {
             let (buffer, held) = match direct {
                 Some(rest) => (rest, 0),
                 None => {
+                    let max = cutter.scratch_max().min(state.scratch.len());
                     let held = cutter.restore(&mut state.scratch);
-                    (&mut state.scratch[held..], held)
+                    (&mut state.scratch[held..max], held)
                 }
             };
             let mut buffer = ReadBuf::new(buffer);

@@ -28,10 +28,12 @@ use tokio::task::AbortHandle;
 
 /// All links receive into one buffer of this size, one after the other.
 const SCRATCH_SIZE: usize = 256 << 10;
-/// After this many spins in vain a reactor spins only now and then.
-const SPIN_CREDIT_MAX: u32 = 8;
-/// ... namely after every so many turns.
-const SPIN_RETRY_TURNS: u32 = 16;
+/// Waits remembered when deciding whether to spin: a bit each.
+const WAITS_SHORT_MIN: u32 = 24;
+/// A spinning thread that was not running for so long has stood in somebody's way.
+const PUSHED_ASIDE: Duration = Duration::from_micros(25);
+/// Turns without spinning after that, at first; twice as many each time it happens again, up to the second number.
+const PAUSE_TURNS: (u32, u32) = (32, 4096);
 
 /// Who this node is to its peers.
 #[derive(Clone, Debug)]
@@ -121,6 +123,14 @@ impl<P: Process> Clone for Reactor<P> {
 }
 
 type Hook<P> = Box<dyn FnMut(&Reactor<P>)>;
+
+/// How looking for work without sleeping ended.
+enum Spin {
+    Work,
+    Vain,
+    /// The thread lost its core meanwhile.
+    PushedAside,
+}
 
 /// Shared by the handle and the tasks of one reactor.
 pub(crate) struct Inner<P: Process> {
@@ -355,20 +365,35 @@ impl<P: Process + 'static> Inner<P> {
         self.stop_signal.notify_waiters();
     }
 
+    /// Serves turns for ever. With [`ReactorOptions::spin_us`] it looks for work that long before it sleeps, while three
+    /// in four of the last 32 waits were that short, and as long as nobody else wants the core.
     async fn run_turns(self: Rc<Self>) {
-        let (mut credit, mut skipped) = (SPIN_CREDIT_MAX, 0);
-        let spin = Duration::from_micros(u64::from(self.state.borrow().options.spin_us));
+        let limit = Duration::from_micros(u64::from(self.state.borrow().options.spin_us));
+        // A thread that slept was woken late.
+        let short = limit * 2;
+        let (mut waits, mut pause, mut next_pause) = (0u32, 0u32, PAUSE_TURNS.0);
+        let mut begun = Instant(0);
         loop {
             poll_fn(|cx| self.poll_work(cx)).await;
-            self.turn();
-            if spin.is_zero() {
+            if limit.is_zero() {
+                self.turn();
                 continue;
             }
-            skipped += 1;
-            if credit > 0 || skipped >= SPIN_RETRY_TURNS {
-                skipped = 0;
-                credit =
-                    if self.spin(spin).await { (credit + 1).min(SPIN_CREDIT_MAX) } else { credit.saturating_sub(1) };
+            let wait = clock::monotonic().saturating_since(begun);
+            waits = waits << 1 | u32::from(wait <= short);
+            self.turn();
+            begun = clock::monotonic();
+            pause = pause.saturating_sub(1);
+            if pause > 0 || waits.count_ones() < WAITS_SHORT_MIN {
+                continue;
+            }
+            match self.spin(begun + limit).await {
+                Spin::Work => next_pause = (next_pause - next_pause / 64).max(PAUSE_TURNS.0),
+                Spin::Vain => {}
+                Spin::PushedAside => {
+                    pause = next_pause;
+                    next_pause = (next_pause * 2).min(PAUSE_TURNS.1);
+                }
             }
         }
     }
@@ -402,22 +427,27 @@ impl<P: Process + 'static> Inner<P> {
         Poll::Pending
     }
 
-    /// Looks for work without sleeping; true when there is some.
-    async fn spin(&self, limit: Duration) -> bool {
-        let end = clock::monotonic() + limit;
+    /// Looks for work without sleeping.
+    async fn spin(&self, end: Instant) -> Spin {
+        let mut before = clock::monotonic();
         loop {
             // Lets the other tasks run and polls the sockets once.
             tokio::task::yield_now().await;
             if self.turn_due.get() {
-                return true;
+                return Spin::Work;
             }
             if self.state.borrow_mut().ring.as_mut().is_some_and(Ring::poll_completions) {
                 self.schedule_turn();
-                return true;
+                return Spin::Work;
             }
-            if clock::monotonic() >= end {
-                return false;
+            let now = clock::monotonic();
+            if now.saturating_since(before) > PUSHED_ASIDE {
+                return Spin::PushedAside;
             }
+            if now >= end {
+                return Spin::Vain;
+            }
+            before = now;
         }
     }
 
@@ -436,7 +466,7 @@ impl<P: Process + 'static> Inner<P> {
             }
             state.step(now, Event::Turn);
             self.carry_out(state, now);
-            self.finish_turn(state);
+            self.finish_turn(state, now);
         }
         self.run_hooks();
     }
@@ -484,12 +514,12 @@ impl<P: Process + 'static> Inner<P> {
     }
 
     /// Writes the links, submits the ring, sets the timer.
-    fn finish_turn(self: &Rc<Self>, state: &mut State<P>) {
+    fn finish_turn(self: &Rc<Self>, state: &mut State<P>, now: Now) {
         if state.is_stopped() {
             return;
         }
         // The disks first: they work while the sockets are written.
-        if let Err(error) = state.ring.as_mut().map_or(Ok(()), Ring::submit) {
+        if let Err(error) = state.ring.as_mut().map_or(Ok(()), |ring| ring.submit(now.mono)) {
             return self.halt(state, Stopped::Fatal(format!("submit to the disk ring: {error}")));
         }
         self.flush_links(state);

@@ -33,6 +33,10 @@ const RING_ENTRIES: u32 = (DISKS_MAX * IN_FLIGHT_MAX) as u32;
 const IO_VECTORS_MAX: usize = 1024;
 /// How long a dropped ring waits for the kernel before it leaks what is still in use.
 const DROP_WAIT: Duration = Duration::from_secs(2);
+/// A store without requests for so long is quiet: its file may be filled far ahead.
+const QUIET_AFTER: Duration = Duration::from_millis(20);
+/// From the begin of one piece to that of the next in a quiet store: the disk may have other users.
+const FILL_PAUSE: Duration = Duration::from_millis(3);
 /// Lines about failed requests per disk; the process hears of every failure, the log of the first ones.
 const ERROR_LINES_MAX: u32 = 20;
 
@@ -105,6 +109,10 @@ struct DiskState {
     /// Writes that meet the piece being filled.
     behind_fill: Vec<Op>,
     in_flight: usize,
+    /// When the store asked for something last.
+    asked: Instant,
+    /// When the last piece was begun to be filled.
+    filled: Instant,
     error_lines: u32,
 }
 
@@ -116,6 +124,8 @@ pub struct Ring {
     free: Vec<u32>,
     zeros: Buf,
     check_at: Option<Instant>,
+    /// When to look for something to fill.
+    fill_at: Option<Instant>,
     offloaded: Vec<Offloaded>,
     done: Vec<(DiskIndex, DiskDone)>,
     log: Vec<String>,
@@ -169,6 +179,7 @@ impl Ring {
             free: Vec::new(),
             zeros: Buf::zeroed(FILL_PIECE_MAX as usize),
             check_at: None,
+            fill_at: None,
             offloaded: Vec::new(),
             done: Vec::new(),
             log: Vec::new(),
@@ -187,7 +198,15 @@ impl Ring {
         self.uring.submitter().register_files_update(index as u32, &[disk.file.as_raw_fd()])?;
         self.log.extend(disk.warning.take());
         let (queue, behind_fill) = (VecDeque::new(), Vec::new());
-        self.disks.push(DiskState { disk, queue, behind_fill, in_flight: 0, error_lines: 0 });
+        self.disks.push(DiskState {
+            disk,
+            queue,
+            behind_fill,
+            in_flight: 0,
+            asked: Instant(0),
+            filled: Instant(0),
+            error_lines: 0,
+        });
         Ok(DiskIndex(index as u8))
     }
 
@@ -207,11 +226,12 @@ impl Ring {
         let index = usize::from(disk.0);
         assert!(index < self.disks.len(), "request for disk {index} of {}", self.disks.len());
         let state = &mut self.disks[index];
+        state.asked = now;
         let aligned = |what: &str, value: u64| {
             assert!(value.is_multiple_of(DISK_ALIGNMENT), "{what} {value} of a disk request is not aligned");
         };
         let (work, offset, len) = match request.op {
-            DiskOp::Read { offset, len } => (Work::Read(BufMut::zeroed(len as usize)), offset, u64::from(len)),
+            DiskOp::Read { offset, len } => (Work::Read(BufMut::recycled(len as usize)), offset, u64::from(len)),
             DiskOp::Write { offset, bufs } => {
                 for buf in &bufs {
                     assert!(buf.is_aligned(), "a write buffer is not aligned in memory");
@@ -250,9 +270,10 @@ impl Ring {
     ///
     /// # Errors
     /// When the ring itself is broken; the process cannot go on.
-    pub fn submit(&mut self) -> io::Result<()> {
+    pub fn submit(&mut self, now: Instant) -> io::Result<()> {
+        self.fill_at = None;
         for index in 0..self.disks.len() {
-            self.enqueue_fill(index);
+            self.enqueue_fill(index, now);
             while self.disks[index].in_flight < IN_FLIGHT_MAX
                 && let Some(op) = self.disks[index].queue.pop_front()
             {
@@ -336,9 +357,9 @@ impl Ring {
         self.check_at = next;
     }
 
-    /// When [`Ring::expire`] wants to be called at the latest.
+    /// When [`Ring::expire`] and [`Ring::submit`] want to be called at the latest.
     pub fn check_at(&self) -> Option<Instant> {
-        self.check_at
+        self.check_at.into_iter().chain(self.fill_at).min()
     }
 
     /// Discards to run on another thread.
@@ -362,16 +383,26 @@ impl Ring {
         std::mem::take(&mut self.log)
     }
 
-    fn enqueue_fill(&mut self, index: usize) {
+    fn enqueue_fill(&mut self, index: usize, now: Instant) {
         let state = &mut self.disks[index];
+        if !state.disk.filler.has_work() {
+            return;
+        }
+        let busy = state.in_flight + state.queue.len();
+        let quiet_at = (state.asked + QUIET_AFTER).max(state.filled + FILL_PAUSE);
+        let quiet = busy == 0 && now >= quiet_at;
         // The store goes first: filling takes a turn only when it leaves room.
-        if state.in_flight + state.queue.len() < IN_FLIGHT_MAX / 2
-            && let Some((offset, end)) = state.disk.filler.start_piece()
+        if busy < IN_FLIGHT_MAX / 2
+            && let Some((offset, end)) = state.disk.filler.start_piece(quiet)
         {
             let len = end - offset;
             // Nobody waits for it, so it has no deadline; store writes that wait behind it have theirs.
             let (io, work, deadline, io_vectors) = (IoId(0), Work::Fill, Instant(u64::MAX), Vec::new());
             state.queue.push_back(Op { disk: index, io, work, offset, len, done: 0, deadline, io_vectors });
+            state.filled = now;
+        }
+        if now < quiet_at {
+            self.fill_at = Some(self.fill_at.map_or(quiet_at, |at| at.min(quiet_at)));
         }
     }
 

@@ -10,51 +10,124 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 #[repr(C, align(4096))]
 struct Page([u8; 4096]);
 
+/// Memory of a buffer. When the last user lets go of it, it goes to the pool of the thread.
+struct Pages(Vec<Page>);
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        pool::give(std::mem::take(&mut self.0));
+    }
+}
+
 /// A uniquely owned buffer whose start is aligned to 4096 bytes. Fill it, then [`freeze`](BufMut::freeze) it.
 pub struct BufMut {
-    pages: Vec<Page>,
+    pages: Pages,
     len: usize,
 }
 
 impl BufMut {
     /// `len` zero bytes; the capacity is rounded up to whole pages.
     pub fn zeroed(len: usize) -> Self {
-        let pages = Page::new_vec_zeroed(len.div_ceil(4096)).expect("allocation of an IO buffer");
+        let pages = Pages(Page::new_vec_zeroed(len.div_ceil(4096)).expect("allocation of an IO buffer"));
         Self { pages, len }
     }
 
-    /// A copy of `bytes`, zero-padded in memory (not in length) to whole pages.
+    /// `len` bytes of any value: memory of an earlier buffer of this thread, or zeros. For those who overwrite all of
+    /// it, such as a disk or a socket: clearing a megabyte first costs as much as copying it.
+    pub fn recycled(len: usize) -> Self {
+        Self { pages: Pages(pool::take(len.div_ceil(4096))), len }
+    }
+
+    /// A copy of `bytes`.
     pub fn copy_from(bytes: &[u8]) -> Self {
-        let mut buf = Self::zeroed(bytes.len());
+        let mut buf = Self::recycled(bytes.len());
         buf.copy_from_slice(bytes);
         buf
     }
 
     /// Shares the buffer; from here on nobody changes it.
     pub fn freeze(self) -> Buf {
-        let len = self.len;
-        Buf { pages: Arc::new(self.pages), start: 0, len }
+        Buf { start: 0, len: self.len, pages: (self.len > 0).then(|| Arc::new(self.pages)) }
     }
 }
 
 impl Deref for BufMut {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.pages.as_slice().as_bytes()[..self.len]
+        &self.pages.0.as_slice().as_bytes()[..self.len]
     }
 }
 
 impl std::ops::DerefMut for BufMut {
     fn deref_mut(&mut self) -> &mut [u8] {
         let len = self.len;
-        &mut self.pages.as_mut_slice().as_mut_bytes()[..len]
+        &mut self.pages.0.as_mut_slice().as_mut_bytes()[..len]
+    }
+}
+
+/// Buffers that wait for their next use. Bounded per thread; a buffer freed by another thread joins the pool there.
+mod pool {
+    use super::Page;
+    use std::cell::RefCell;
+    use zerocopy::FromZeros;
+
+    /// Larger buffers than this (1 MiB) are not kept.
+    const CLASS_PAGES_MAX: usize = 256;
+    /// Pages kept by one thread: 12 MiB.
+    const KEPT_PAGES_MAX: usize = 3072;
+    const CLASSES: usize = CLASS_PAGES_MAX.ilog2() as usize + 1;
+
+    #[derive(Default)]
+    struct Pool {
+        /// By the logarithm of their number of pages.
+        classes: [Vec<Vec<Page>>; CLASSES],
+        kept: usize,
+    }
+
+    thread_local! {
+        static POOL: RefCell<Pool> = RefCell::default();
+    }
+
+    fn fresh(pages: usize) -> Vec<Page> {
+        Page::new_vec_zeroed(pages).expect("allocation of an IO buffer")
+    }
+
+    /// At least `pages` pages.
+    pub(super) fn take(pages: usize) -> Vec<Page> {
+        if pages == 0 || pages > CLASS_PAGES_MAX {
+            return fresh(pages);
+        }
+        let size = pages.next_power_of_two();
+        let take = |pool: &RefCell<Pool>| {
+            let pool = &mut *pool.borrow_mut();
+            let taken = pool.classes[size.ilog2() as usize].pop();
+            pool.kept -= taken.as_ref().map_or(0, Vec::len);
+            taken
+        };
+        POOL.try_with(take).ok().flatten().unwrap_or_else(|| fresh(size))
+    }
+
+    pub(super) fn give(pages: Vec<Page>) {
+        let size = pages.len();
+        if !size.is_power_of_two() || size > CLASS_PAGES_MAX {
+            return;
+        }
+        // Without a pool the thread is ending.
+        let _ = POOL.try_with(|pool| {
+            let pool = &mut *pool.borrow_mut();
+            if pool.kept + size <= KEPT_PAGES_MAX {
+                pool.kept += size;
+                pool.classes[size.ilog2() as usize].push(pages);
+            }
+        });
     }
 }
 
 /// A shared, immutable slice of an aligned buffer. Cloning and slicing copy nothing.
 #[derive(Clone)]
 pub struct Buf {
-    pages: Arc<Vec<Page>>,
+    /// None for no bytes, which are common and cost nothing.
+    pages: Option<Arc<Pages>>,
     start: usize,
     len: usize,
 }
@@ -73,7 +146,7 @@ impl Buf {
     /// The bytes `start..start + len` of this buffer, sharing its memory.
     pub fn slice(&self, start: usize, len: usize) -> Self {
         assert!(start <= self.len && len <= self.len - start, "slice {start}+{len} of a buffer of {}", self.len);
-        Self { pages: Arc::clone(&self.pages), start: self.start + start, len }
+        Self { pages: self.pages.clone(), start: self.start + start, len }
     }
 
     /// The buffer for writing again, when nobody else shares it; otherwise this one back. Spares an allocation where
@@ -82,14 +155,12 @@ impl Buf {
     /// # Errors
     /// The buffer itself, when it is shared or a part of another.
     pub fn try_into_mut(self) -> Result<BufMut, Buf> {
-        let (start, len) = (self.start, self.len);
-        if start != 0 {
-            return Err(self);
-        }
-        match Arc::try_unwrap(self.pages) {
-            Ok(pages) if len.div_ceil(4096) == pages.len() => Ok(BufMut { pages, len }),
-            Ok(pages) => Err(Buf { pages: Arc::new(pages), start, len }),
-            Err(pages) => Err(Buf { pages, start, len }),
+        match self {
+            Self { pages: Some(pages), start: 0, len } => match Arc::try_unwrap(pages) {
+                Ok(pages) => Ok(BufMut { pages, len }),
+                Err(shared) => Err(Buf { pages: Some(shared), start: 0, len }),
+            },
+            other => Err(other),
         }
     }
 
@@ -101,14 +172,17 @@ impl Buf {
 
 impl Default for Buf {
     fn default() -> Self {
-        Self::zeroed(0)
+        Self { pages: None, start: 0, len: 0 }
     }
 }
 
 impl Deref for Buf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.pages.as_slice().as_bytes()[self.start..self.start + self.len]
+        match &self.pages {
+            Some(pages) => &pages.0.as_slice().as_bytes()[self.start..self.start + self.len],
+            None => &[],
+        }
     }
 }
 
@@ -144,5 +218,6 @@ mod tests {
         let buf = buf.try_into_mut().err().unwrap();
         drop(shared);
         assert_eq!(buf.try_into_mut().unwrap()[5000], 7);
+        assert_eq!(BufMut::recycled(9_000).freeze().len(), 9_000);
     }
 }

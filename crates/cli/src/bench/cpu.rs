@@ -52,23 +52,30 @@ pub fn rss_bytes(pid: u32) -> u64 {
     line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
+/// Bytes a process has asked the disk to write.
+pub fn written_bytes(pid: u32) -> u64 {
+    let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    let line = io.lines().find(|line| line.starts_with("write_bytes:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
+}
+
 /// A meter over this process and the given servers.
 pub struct Meter {
     pids: Vec<u32>,
-    start: f64,
+    start: (f64, f64),
 }
 
 impl Meter {
     /// Starts to measure.
     pub fn start(servers: &[ServerProcess]) -> Self {
-        let mut pids: Vec<u32> = servers.iter().map(|server| server.pid).collect();
-        pids.push(std::process::id());
-        let start = pids.iter().map(|&pid| cpu_us(pid)).sum();
-        Self { pids, start }
+        let mut meter = Self { pids: servers.iter().map(|server| server.pid).collect(), start: (0.0, 0.0) };
+        meter.start = meter.used_us();
+        meter
     }
 
-    /// CPU microseconds used by all of them since the start.
-    pub fn used_us(&self) -> f64 {
-        self.pids.iter().map(|&pid| cpu_us(pid)).sum::<f64>() - self.start
+    /// CPU microseconds used since the start by this process, and by the servers together.
+    pub fn used_us(&self) -> (f64, f64) {
+        let servers = self.pids.iter().map(|&pid| cpu_us(pid)).sum::<f64>();
+        (cpu_us(std::process::id()) - self.start.0, servers - self.start.1)
     }
 }

@@ -175,7 +175,9 @@ async fn measure(volume: &cairn_client::LocalVolume, shape: &Shape, span: u64) -
     let servers = cpu::servers(&SERVER_ROLES);
     let meter = Meter::start(&servers);
     let mut figures = load::drive(volume, shape, span).await?;
-    figures.cpu_us = Some(meter.used_us() / figures.operations.max(1) as f64);
+    let (client, servers) = meter.used_us();
+    let operations = figures.operations.max(1) as f64;
+    (figures.cpu_us, figures.cpu_client_us) = (Some((client + servers) / operations), Some(client / operations));
     Ok(figures)
 }
 

@@ -30,6 +30,8 @@ pub struct Figures {
     pub max_us: f64,
     /// CPU of client and all servers together, per operation.
     pub cpu_us: Option<f64>,
+    /// That of the client alone.
+    pub cpu_client_us: Option<f64>,
 }
 
 impl Figures {
@@ -47,6 +49,7 @@ impl Figures {
             p999_us: us(latency.value_at_quantile(0.999)),
             max_us: us(latency.max()),
             cpu_us: None,
+            cpu_client_us: None,
         }
     }
 }
@@ -64,8 +67,8 @@ impl std::fmt::Display for Figures {
             self.p999_us,
             self.max_us
         )?;
-        if let Some(cpu) = self.cpu_us {
-            write!(f, "   cpu {cpu:.1} us/op")?;
+        if let (Some(cpu), Some(client)) = (self.cpu_us, self.cpu_client_us) {
+            write!(f, "   cpu {cpu:.1} us/op (client {client:.1})")?;
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ impl Ring {
     fn finish(&mut self, count: usize) -> Vec<DiskDone> {
         let mut out = Vec::new();
         loop {
-            self.submit().unwrap();
+            self.submit(Instant(0)).unwrap();
             for discard in self.take_offloaded() {
                 let result = crate::sys::punch_hole(&discard.file, discard.offset, discard.len);
                 self.offloaded_done(discard.ticket, result);
@@ -84,7 +84,7 @@ fn a_request_without_an_answer_times_out_once_and_its_late_completion_is_dropped
     let mut far_end = pipe(&dir.path().join("pipe"));
     let mut ring = ring_over(disk_over(far_end.try_clone().unwrap(), DiskOptions::default()));
     ring.ask(1, DiskOp::Read { offset: 0, len: 4096 });
-    ring.submit().unwrap();
+    ring.submit(Instant(0)).unwrap();
     assert_eq!(ring.check_at(), Some(START + Duration::from_secs(30)));
     ring.expire(START + Duration::from_secs(29));
     assert!(ring.collect().is_empty(), "not yet");
@@ -106,7 +106,7 @@ fn requests_waiting_behind_a_dead_disk_time_out_too() {
     let mut ring = ring_over(disk_over(far_end.try_clone().unwrap(), DiskOptions::default()));
     let count = IN_FLIGHT_MAX as u64 + 50;
     (0..count).for_each(|io| ring.ask(io, DiskOp::Read { offset: io * 4096, len: 4096 }));
-    ring.submit().unwrap();
+    ring.submit(Instant(0)).unwrap();
     assert_eq!((ring.disks[0].in_flight, ring.disks[0].queue.len()), (IN_FLIGHT_MAX, 50));
     ring.expire(START + Duration::from_secs(31));
     let done = ring.collect();
@@ -121,7 +121,7 @@ fn a_short_read_goes_on_where_it_stopped() {
     let mut far_end = pipe(&dir.path().join("pipe"));
     let mut ring = ring_over(disk_over(far_end.try_clone().unwrap(), DiskOptions::default()));
     ring.ask(1, DiskOp::Read { offset: 0, len: 8192 });
-    ring.submit().unwrap();
+    ring.submit(Instant(0)).unwrap();
     far_end.write_all(&[1; 4096]).unwrap();
     ring.uring.submit_and_wait(1).unwrap();
     assert!(ring.collect().is_empty());
@@ -291,11 +291,14 @@ fn filling_goes_ahead_of_the_store_and_never_over_it() {
         }
         ring.finish(200);
     }
-    ring.submit().unwrap();
+    // Then the store is quiet.
+    let mut now = Instant(u64::MAX / 2);
+    ring.submit(now).unwrap();
     while ring.disks[0].in_flight > 0 {
         ring.uring.submit_and_wait(1).unwrap();
         assert!(ring.collect().is_empty());
-        ring.submit().unwrap();
+        now = now + FILL_PAUSE;
+        ring.submit(now).unwrap();
     }
     assert!(ring.idle());
     drop(ring);

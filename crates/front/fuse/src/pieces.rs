@@ -7,7 +7,7 @@ pub(crate) fn join(mut pieces: Vec<Buf>) -> Buf {
     if pieces.len() == 1 {
         return pieces.remove(0);
     }
-    let mut joined = BufMut::zeroed(pieces.iter().map(|piece| piece.len()).sum());
+    let mut joined = BufMut::recycled(pieces.iter().map(|piece| piece.len()).sum());
     let mut filled = 0;
     for piece in pieces {
         joined[filled..filled + piece.len()].copy_from_slice(&piece);
