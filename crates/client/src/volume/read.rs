@@ -403,13 +403,18 @@ impl Volume {
             self.end_extents(ctx, id, Vec::new());
             return;
         };
-        let Some(slot) = self.choose(ctx, &entry, &[], &[], false).filter(|_| tried.len() < entry.reps.len()) else {
-            let error = BlockError::Other(format!("no replica of chunk {index} tells its extents"));
-            self.finish_part(ctx, id, Err(error));
+        let Some(slot) = self.choose(ctx, &entry, &tried, &[], false) else {
+            if entry.current().next().is_none() {
+                self.retry_read(ctx, id);
+                return;
+            }
+            // Without such a chunk on any of them there is nothing; where they cannot tell, to call it data is true
+            // enough.
+            let nothing = tried.iter().all(|(_, status)| *status == DataStatus::NoSuchChunk);
+            let runs = if nothing { Vec::new() } else { vec![(next, end)] };
+            self.end_extents(ctx, id, runs);
             return;
         };
-        let others = entry.current().find(|slot| !tried.contains(slot));
-        let slot = if tried.contains(&slot) { others.unwrap_or(slot) } else { slot };
         let request = CsRequest::Extents {
             chunk: entry.chunk,
             volume: self.id,
@@ -445,9 +450,6 @@ impl Volume {
                 }
             }
             Err(CsError::StaleEpoch { .. }) => self.die(ctx, BlockError::Fenced),
-            Err(CsError::NoSuchChunk(_)) if tried.len() + 1 >= self.servers.len() => {
-                self.end_extents(ctx, id, Vec::new());
-            }
             Err(error) => {
                 match error {
                     CsError::VersionMismatch { .. } => {
@@ -462,12 +464,13 @@ impl Volume {
                         self.server_mut(slot).fence = Fence::No;
                         self.chunk(index).ready = false;
                     }
-                    _ => tried.push(slot),
+                    CsError::NoSuchChunk(_) => tried.push((slot, DataStatus::NoSuchChunk)),
+                    _ => tried.push((slot, DataStatus::DiskFailed)),
                 }
                 self.start_part(ctx, id);
             }
             Ok(_) => {
-                tried.push(slot);
+                tried.push((slot, DataStatus::BadRequest));
                 self.start_part(ctx, id);
             }
         }

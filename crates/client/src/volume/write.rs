@@ -34,7 +34,11 @@ pub(super) struct Part {
 pub(super) enum Body {
     Read(ReadPart),
     Write(Box<WritePart>),
-    Extents { next: u32, tried: Vec<u16> },
+    /// Where to go on, and the replicas that could not tell with what they said.
+    Extents {
+        next: u32,
+        tried: Vec<(u16, DataStatus)>,
+    },
 }
 
 /// See [`super::read`].
