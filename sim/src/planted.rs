@@ -39,6 +39,7 @@ pub const PLANTED: &[(&str, Invariant)] = &[
     ("store_fence_at_submit_only", Invariant::I5),
     ("store_ack_before_data", Invariant::I1),
     ("store_checkpoint_drops_last", Invariant::I1),
+    ("store_recovered_not_rewritten", Invariant::I17),
     ("store_trust_tail", Invariant::I2),
     ("store_free_before_checkpoint", Invariant::I2),
     ("store_reuse_under_read", Invariant::I2),

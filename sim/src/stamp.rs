@@ -32,6 +32,12 @@ impl Stamp {
         out.chunks_exact_mut(STAMP_SIZE).for_each(|piece| piece.copy_from_slice(&stamp));
     }
 
+    /// True for a block that holds stamps, whole or damaged.
+    pub fn is_stamped(bytes: &[u8]) -> bool {
+        let magic = 0x4341_4952_4e53_544d_u64.to_le_bytes();
+        bytes.chunks_exact(STAMP_SIZE).filter(|piece| piece.starts_with(&magic)).count() > bytes.len() / STAMP_SIZE / 2
+    }
+
     /// The value a block of `volume` carries; 0 for zeros.
     ///
     /// # Errors

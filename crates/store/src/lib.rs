@@ -26,6 +26,7 @@ mod leaf;
 mod read;
 mod reader;
 mod recovery;
+mod rewriter;
 mod space;
 mod state;
 mod store;

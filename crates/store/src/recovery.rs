@@ -6,6 +6,9 @@
 //! lose acknowledged writes silently. To find such marks the rest of the current run and the whole next run, where
 //! further headers must be, are searched.
 //!
+//! The newest superblock and the groups after the flush mark are written again as they were read. They may have been covered by a flush that failed,
+//! and then no later flush makes them durable although they can be read: only writing them again does.
+//!
 //! Then the touched leaves are read, the groups replayed through `State::apply`, and an empty group of a new session is
 //! written and flushed. Only then is the store open.
 
@@ -16,6 +19,7 @@ use crate::layout::group::{GroupHeader, Record, records};
 use crate::layout::superblock::{ChainPosition, Superblock, SuperblockError};
 use crate::layout::{LEAF_BLOCKS, SLOT, SLOT_U64, SLOTS_MIN, SUPERBLOCK_SLOTS};
 use crate::reader::Reader;
+use crate::rewriter::Rewriter;
 use crate::state::State;
 use crate::tree::{Tree, TreeLoad};
 use crate::volumes::parse_tail_page;
@@ -23,7 +27,7 @@ use cairn_env::{Buf, DiskDone};
 use cairn_stdx::checksum::crc64;
 use cairn_stdx::planted;
 use cairn_types::ChunkId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Slots read ahead while walking the chain.
 const WALK_SLOTS: u64 = 16;
@@ -37,6 +41,8 @@ enum Phase {
     Scan,
     /// Verifying the data of the groups from this index on, up to the second one.
     Verify(usize, usize),
+    /// Writing verified groups again; the next to verify begin at this index.
+    Rewrite(usize),
     Leaves,
 }
 
@@ -52,6 +58,7 @@ pub(crate) struct Recovery {
     device_size: u64,
     phase: Phase,
     reader: Reader,
+    rewriter: Rewriter,
     next_io: u64,
     root: Option<Superblock>,
     state: State,
@@ -86,6 +93,7 @@ impl Recovery {
             device_size,
             phase: Phase::Superblocks,
             reader: Reader::default(),
+            rewriter: Rewriter::default(),
             next_io: 1,
             root: None,
             state: State::new(SLOTS_MIN, 0),
@@ -106,9 +114,14 @@ impl Recovery {
     }
 
     pub(crate) fn disk_done(&mut self, done: DiskDone, out: &mut StoreOutput) -> Result<Progress, OpenError> {
+        self.rewriter.done(&done);
+        self.rewriter.issue(&mut self.next_io, &mut out.disk);
         self.reader.done(done.io, done.result);
         self.reader.issue(&mut self.next_io, &mut out.disk);
-        while self.reader.is_done() {
+        while self.reader.is_done() && self.rewriter.is_done() {
+            if let Some(error) = self.rewriter.error.take() {
+                return Err(OpenError::Io(error));
+            }
             let reader = std::mem::take(&mut self.reader);
             match std::mem::replace(&mut self.phase, Phase::Superblocks) {
                 Phase::Superblocks => self.superblocks_read(reader)?,
@@ -116,6 +129,7 @@ impl Recovery {
                 Phase::Walk => self.walk_read(reader)?,
                 Phase::Scan => self.scan_read(reader)?,
                 Phase::Verify(from, to) => self.verify_read(from, to, reader)?,
+                Phase::Rewrite(next) => self.next_verify(next),
                 Phase::Leaves => {
                     self.leaves_read(reader, out)?;
                     return Ok(Progress::Open(Box::new(self.replay(out)?)));
@@ -123,14 +137,16 @@ impl Recovery {
             }
             let slots = self.slots_for_phase();
             self.read(slots, out);
+            self.rewriter.issue(&mut self.next_io, &mut out.disk);
         }
         Ok(Progress::Going)
     }
 
     fn superblocks_read(&mut self, reader: Reader) -> Result<(), OpenError> {
         let error = reader.error.clone();
-        let copies: Vec<Option<Buf>> = reader.finish().map(|(_, page)| page).collect();
-        let root = choose_superblock(&copies, error)?;
+        let copies: Vec<(u64, Option<Buf>)> = reader.finish().collect();
+        let pages: Vec<Option<Buf>> = copies.iter().map(|(_, page)| page.clone()).collect();
+        let root = choose_superblock(&pages, error)?;
         if let Some(expected) = self.options.cluster
             && expected != root.cluster
         {
@@ -145,6 +161,9 @@ impl Recovery {
         if store_bytes > self.device_size {
             return Err(OpenError::Truncated { device_bytes: self.device_size, store_bytes });
         }
+        let is_newest = |page: &Buf| Superblock::decode(page).is_ok_and(|found| found.generation == root.generation);
+        let newest = copies.into_iter().filter_map(|(slot, page)| Some((slot, page.filter(is_newest)?))).collect();
+        self.rewrite(newest);
         self.state = State::new(root.slot_count, (self.options.cache_bytes / SLOT_U64) as usize);
         if root.trees[0].pages > self.state.live.page_count() {
             return Err(damaged("superblock", 0, "the bitmap tree has too many pages"));
@@ -241,6 +260,7 @@ impl Recovery {
     fn slots_for_phase(&mut self) -> Vec<u64> {
         match &self.phase {
             Phase::Superblocks => unreachable!("superblocks are read once"),
+            Phase::Rewrite(_) => Vec::new(),
             Phase::Tree(load) => load.wanted().iter().map(|p| p.slot).filter(|slot| *slot != 0).collect(),
             Phase::Walk => {
                 let run = self.position.current;
@@ -342,6 +362,7 @@ impl Recovery {
 
     fn verify_read(&mut self, from: usize, to: usize, reader: Reader) -> Result<(), OpenError> {
         let mut pages = reader.finish();
+        let mut again: VecDeque<(u64, Buf)> = VecDeque::new();
         for index in from..to {
             let group = &self.groups[index];
             let data: Vec<Option<Buf>> = group.header.data_slots().map(|_| pages.next().and_then(|p| p.1)).collect();
@@ -352,12 +373,22 @@ impl Recovery {
                     Some(last) => last.header.position(last.checksum),
                     None => self.root().chain,
                 };
-                self.phase = Phase::Leaves;
+                self.rewrite(again);
+                self.phase = Phase::Rewrite(index);
                 return Ok(());
             }
+            let slots = std::iter::once(group.header.runs[0].start).chain(group.header.data_slots());
+            again.extend(slots.zip(std::iter::once(group.slot.clone()).chain(data.into_iter().flatten())));
         }
-        self.next_verify(to);
+        self.rewrite(again);
+        self.phase = Phase::Rewrite(to);
         Ok(())
+    }
+
+    /// Writes slots again as they were read.
+    fn rewrite(&mut self, slots: VecDeque<(u64, Buf)>) {
+        let wanted = !planted!("store_recovered_not_rewritten");
+        self.rewriter = Rewriter::new(if wanted { slots } else { VecDeque::new() });
     }
 
     /// Leaves on disk that replaying the chain will change or free.

@@ -3,9 +3,13 @@
 use super::cluster::Cluster;
 use super::plan::FaultKind;
 use super::{Scenario, TOKEN_FAULT, TOKEN_RESTORE, Verdict};
+use crate::stamp::Stamp;
 use crate::world::{MS, NodeIndex, SECOND};
+use cairn_cs::CsCore;
+use cairn_env_sim::{Fault, OpKind};
 use cairn_stdx::Rng;
-use std::collections::BTreeMap;
+use cairn_types::{BLOCK_SIZE, BLOCK_SIZE_U64, CsId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What undoes a fault.
 #[derive(Clone, Debug)]
@@ -16,6 +20,7 @@ enum Restore {
     Unblock(Vec<(NodeIndex, NodeIndex)>),
     Resume(NodeIndex),
     FastDisk(NodeIndex),
+    MendDisk(NodeIndex),
 }
 
 /// The state of the faults of a run.
@@ -23,11 +28,13 @@ pub(super) struct Faults {
     rng: Rng,
     restores: BTreeMap<u64, Restore>,
     next_restore: u64,
+    /// Nodes with a disk that fails or has failed.
+    failing: BTreeSet<NodeIndex>,
 }
 
 impl Faults {
     pub fn new(rng: Rng) -> Self {
-        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE }
+        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE, failing: BTreeSet::new() }
     }
 }
 
@@ -118,6 +125,8 @@ impl Scenario {
                 self.cluster.world.nodes[node.0].disk_delay_ns = self.faults.rng.range(MS, 700 * MS);
                 self.later(Restore::FastDisk(node));
             }
+            FaultKind::DiskFails => self.fail_disk(),
+            FaultKind::Rot => self.rot(),
         }
         Ok(())
     }
@@ -150,8 +159,73 @@ impl Scenario {
                 self.disturb(node);
                 self.cluster.world.nodes[node.0].disk_delay_ns = 0;
             }
+            Some(Restore::MendDisk(node)) => self.mend_disk(node),
             None => {}
         }
+    }
+
+    /// A disk of a server begins to fail.
+    fn fail_disk(&mut self) {
+        let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
+        let servers: Vec<NodeIndex> = servers.collect();
+        let node = *self.faults.rng.choose(&servers).expect("servers");
+        if !self.cluster.is_running(node) || !self.faults.failing.insert(node) {
+            return;
+        }
+        let kind = *self.faults.rng.choose(&[OpKind::Read, OpKind::Write, OpKind::Flush, OpKind::Any]).expect("kinds");
+        let fault = Fault::Fail { kind, nth: self.faults.rng.below(40), forever: self.faults.rng.chance(1, 2) };
+        self.cluster.world.note(format_args!("the disk of {node:?} fails: {fault:?}"));
+        self.disturb(node);
+        self.learn_sets();
+        self.cluster.world.nodes[node.0].disks[0].inject(fault);
+        self.later(Restore::MendDisk(node));
+    }
+
+    /// The disk is sound again; a process that has given up, or serves nothing any more, is started anew.
+    fn mend_disk(&mut self, node: NodeIndex) {
+        self.faults.failing.remove(&node);
+        // What it gave up for until now is forgiven.
+        self.cluster.world.fatal.retain(|(other, _)| *other != node);
+        self.disturb(node);
+        // Rot does not go away by itself: reads and the scrub must find it.
+        if !self.plan.faults.contains(&FaultKind::Rot) {
+            self.cluster.world.nodes[node.0].disks.iter_mut().for_each(|disk| disk.lift_faults());
+        }
+        if let Some(index) = self.cluster.mds.iter().position(|mds| mds.node == node) {
+            self.cluster.start_mds(index);
+        }
+        if let Some(index) = self.cluster.cs.iter().position(|cs| cs.node == node) {
+            let failed = self.cluster.world.inspect::<CsCore, _>(node, |core| core.failed().is_some());
+            if failed == Some(true) {
+                self.cluster.world.kill(node);
+            }
+            self.cluster.start_cs(index);
+        }
+    }
+
+    /// True when a process may give up: its disk fails.
+    pub(super) fn may_give_up(&self, node: NodeIndex) -> bool {
+        self.faults.failing.contains(&node)
+    }
+
+    /// True when a chunk of the volume has all its current copies on chunk servers whose disks fail or have failed.
+    pub(super) fn is_on_failing_disks(&mut self, volume: usize) -> bool {
+        let failing = |cs: &&super::cluster::CsNode| self.faults.failing.contains(&cs.node);
+        let failing: Vec<CsId> = self.cluster.cs.iter().filter(failing).filter_map(|cs| cs.id).collect();
+        self.volumes_within(&failing).contains(&volume)
+    }
+
+    /// A bit flips in some block of data of the one chunk server whose disk rots in this run.
+    fn rot(&mut self) {
+        let index = (self.seed % self.cluster.cs.len() as u64) as usize;
+        let node = self.cluster.cs[index].node;
+        let disk = &mut self.cluster.world.nodes[node.0].disks[0];
+        let is_data = |page: &u64| Stamp::is_stamped(&disk.peek(page * BLOCK_SIZE_U64, BLOCK_SIZE as u32));
+        let pages: Vec<u64> = disk.written_pages().into_iter().filter(is_data).collect();
+        let Some(page) = self.faults.rng.choose(&pages).copied() else { return };
+        let (byte, bit) = (self.faults.rng.below(BLOCK_SIZE_U64), self.faults.rng.below(8) as u8);
+        disk.rot(page * BLOCK_SIZE_U64 + byte, bit);
+        self.cluster.world.note(format_args!("bit rot at {node:?}, page {page}"));
     }
 
     fn resume(&mut self, node: NodeIndex) {
@@ -222,9 +296,8 @@ impl Scenario {
             if self.cluster.world.nodes[node.0].paused {
                 self.cluster.world.pause(node, false);
             }
-            self.cluster.world.nodes[node.0].disks.iter_mut().for_each(|disk| disk.lift_faults());
         }
-        (0..self.cluster.mds.len()).for_each(|index| self.cluster.start_mds(index));
-        (0..self.cluster.cs.len()).for_each(|index| self.cluster.start_cs(index));
+        let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
+        servers.collect::<Vec<_>>().into_iter().for_each(|node| self.mend_disk(node));
     }
 }

@@ -209,7 +209,7 @@ impl Scenario {
     fn look(&mut self) -> Verdict {
         self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
         self.cluster.keep_cs_ids();
-        if let Some((node, why)) = self.cluster.world.fatal.pop() {
+        if let Some((node, why)) = self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node)) {
             return Err(broken(Invariant::I17, format!("{node:?} gave up: {why}")));
         }
         for index in 0..self.cluster.mds.len() {

@@ -20,9 +20,18 @@ pub(super) enum FaultKind {
     Pause,
     Clock,
     SlowDisk,
+    /// A request to a disk fails, or all of a kind from then on; the process is started anew later, with a sound disk.
+    DiskFails,
+    /// Bits rot in blocks of data of one chunk server.
+    Rot,
 }
 
-const ALL: [FaultKind; 12] = [
+/// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
+/// then data is rightly lost.
+const WITH_ROT: [FaultKind; 6] =
+    [FaultKind::Rot, FaultKind::KillMds, FaultKind::KillClient, FaultKind::CutMds, FaultKind::Clock, FaultKind::Reset];
+
+const ALL: [FaultKind; 14] = [
     FaultKind::KillCs,
     FaultKind::KillMds,
     FaultKind::KillClient,
@@ -35,6 +44,8 @@ const ALL: [FaultKind; 12] = [
     FaultKind::Pause,
     FaultKind::Clock,
     FaultKind::SlowDisk,
+    FaultKind::DiskFails,
+    FaultKind::Rot,
 ];
 
 /// A volume of the seed.
@@ -72,7 +83,7 @@ impl Plan {
     pub fn draw(rng: &mut Rng, faultless: bool) -> Self {
         let mds = *rng.choose(&[1, 1, 3, 3, 3, 5]).expect("not empty");
         let cs = rng.range(3, 6) as usize;
-        let shape = Shape {
+        let mut shape = Shape {
             mds,
             cs,
             clients: rng.range(2, 4) as usize,
@@ -86,12 +97,19 @@ impl Plan {
             let unit = *rng.choose(&[4096, 4096, 512]).expect("not empty");
             VolumePlan { size: (1 << 20) * rng.range(1, 4), replicas, minimum, unit }
         };
-        let volumes = (0..rng.range(1, 4)).map(|_| volume(rng)).collect();
+        let mut volumes: Vec<VolumePlan> = (0..rng.range(1, 4)).map(|_| volume(rng)).collect();
         let mut faults: Vec<FaultKind> = ALL.to_vec();
         rng.shuffle(&mut faults);
         faults.truncate(rng.range(1, 7) as usize);
         if faultless {
             faults.clear();
+        }
+        if faults.contains(&FaultKind::Rot) {
+            faults.retain(|fault| WITH_ROT.contains(fault));
+            shape.scrub = 600;
+            for volume in &mut volumes {
+                volume.replicas = volume.replicas.max(2);
+            }
         }
         Self {
             shape,

@@ -1,6 +1,7 @@
 //! After healing: read everything back, wait for full redundancy, compare every copy and every metadata server.
 
 use super::cluster::SimMds;
+use super::plan::FaultKind;
 use super::{Scenario, Verdict, broken};
 use crate::checkers::shadow::Invariant;
 use crate::world::{NodeIndex, SECOND};
@@ -80,6 +81,7 @@ impl Scenario {
         if !full(self) {
             return Ok(());
         }
+        self.await_scrub()?;
         let until = self.now() + CONVERGED_WITHIN;
         if !self.run_until(until, Self::is_converged)? {
             let why = format!("redundancy is not full after {} s\n{}", CONVERGED_WITHIN / SECOND, self.situation());
@@ -90,6 +92,22 @@ impl Scenario {
         self.run_until(until, |_| false)?;
         self.cluster.world.note(format_args!("redundancy is full"));
         Ok(())
+    }
+
+    /// Where bits rot, every chunk server verifies all it has: two rounds, as the present one may be past the place.
+    fn await_scrub(&mut self) -> Verdict {
+        if !self.plan.faults.contains(&FaultKind::Rot) {
+            return Ok(());
+        }
+        let rounds = |s: &mut Self| -> Vec<u64> {
+            let nodes: Vec<NodeIndex> = s.cluster.cs.iter().map(|cs| cs.node).collect();
+            let count = |node| s.cluster.world.inspect::<CsCore, _>(node, |core| core.scrub_rounds());
+            nodes.into_iter().map(count).map(Option::unwrap_or_default).collect()
+        };
+        let begun = rounds(self);
+        self.wait("every chunk server has verified its copies", CONVERGED_WITHIN, |s| {
+            rounds(s).iter().zip(&begun).all(|(now, then)| *now >= then + 2)
+        })
     }
 
     /// I11 at rest, and the counts against a full count.
