@@ -124,7 +124,7 @@ mod pool {
 }
 
 /// A shared, immutable slice of an aligned buffer. Cloning and slicing copy nothing.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Buf {
     /// None for no bytes, which are common and cost nothing.
     pages: Option<Arc<Pages>>,
@@ -167,12 +167,6 @@ impl Buf {
     /// True when the start of this slice is aligned to 4096 bytes in memory.
     pub fn is_aligned(&self) -> bool {
         self.start.is_multiple_of(4096)
-    }
-}
-
-impl Default for Buf {
-    fn default() -> Self {
-        Self { pages: None, start: 0, len: 0 }
     }
 }
 

@@ -108,7 +108,8 @@ fn a_killed_chunk_server_costs_no_error_and_the_cluster_heals_when_it_is_back() 
         progress();
     });
     cluster.wait_until_healthy(HEAL_LIMIT);
-    // What it missed was brought to it: with two of the other three gone, every chunk they share with it is read from it.
+    // What it missed was brought to it: with two of the other three gone, every chunk they share with it is read from
+    // it.
     let mut model = Model::new(3);
     model.run_steps(&mut cluster.nbd(), 1024, 100);
     model.flush(&mut cluster.nbd()).expect("flush");

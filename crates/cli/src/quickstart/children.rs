@@ -20,7 +20,7 @@ pub struct Running {
     pub label: String,
     /// Its process id.
     pub pid: u32,
-    /// Where it works: a directory or an address.
+    /// Where it works: a directory or a URI.
     pub place: String,
     child: Child,
     reported: bool,
@@ -103,10 +103,9 @@ impl<'a> Children<'a> {
         self.spawn(&format!("{role}{number}"), &dir, &words)
     }
 
-    /// Starts a front end.
-    pub fn start_front_end(&mut self, label: &str, words: &[&str]) -> Result<()> {
-        let place = format!("cairn {}", words.join(" "));
-        self.spawn(label, &place, words)
+    /// Starts a front end; `place` is where its users find it.
+    pub fn start_front_end(&mut self, label: &str, place: &str, words: &[&str]) -> Result<()> {
+        self.spawn(label, place, words)
     }
 
     fn spawn(&mut self, label: &str, place: &str, words: &[&str]) -> Result<()> {

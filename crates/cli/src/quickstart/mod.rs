@@ -230,7 +230,7 @@ fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Child
     let listen = format!("127.0.0.1:{}", layout.state.nbd_port);
     let socket = layout.nbd_socket();
     let words = ["nbd", "serve", DEMO_VOLUME, "--listen", &listen, "--unix", &socket.display().to_string()];
-    children.start_front_end("nbd", &words)?;
+    children.start_front_end("nbd", &nbd_uri(layout), &words)?;
     children.wait_for_nbd(&listen)?;
     if args.no_mount {
         return Ok(false);
@@ -241,7 +241,8 @@ fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Child
     }
     let mount = layout.mount_dir();
     children::take_away_dead_mount(&mount)?;
-    children.start_front_end("mount", &["mount", "--foreground", &mount.display().to_string()])?;
+    let place = mount.display().to_string();
+    children.start_front_end("mount", &place, &["mount", "--foreground", &place])?;
     children.wait_for_mount(&mount)?;
     Ok(true)
 }

@@ -1,7 +1,8 @@
 //! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
 //!
-//! Copies just made are reported within seconds, all copies hourly. One call is outstanding at a time. A follower names the leader; when nobody answers the configured addresses are
-//! tried in turn with a bounded, growing pause. Data requests never wait for any of this.
+//! Copies just made are reported within seconds, all copies hourly. One call is outstanding at a time. A follower
+//! names the leader; when nobody answers the configured addresses are tried in turn with a bounded, growing pause.
+//! Data requests never wait for any of this.
 
 use super::CsCore;
 use super::control::{Audience, Control};
@@ -270,8 +271,8 @@ impl CsCore {
     /// A piece of a report with neighbours among the copies just made. Its range holds nothing else, so it says of no
     /// other copy that it is missing.
     ///
-    /// A copy is told only when all writes to it are settled: then every replica of the chunk has it, and a chunk that is
-    /// known to have been created is missed by nobody.
+    /// A copy is told only when all writes to it are settled: then every replica of the chunk has it, and a chunk that
+    /// is known to have been created is missed by nobody.
     fn created_page(&mut self, now: Now, cs: CsId) -> Option<(Asked, MdsRequest)> {
         if self.mds.created.is_empty() || now.mono < self.mds.created_due {
             return None;

@@ -302,7 +302,7 @@ fn metadata_servers_get_one_id_per_nonce_and_never_an_old_one() {
     };
     assert_eq!(add(&mut world, 2, 5), Ok((MdsId(2), 2)));
     assert_eq!(add(&mut world, 2, 5), Ok((MdsId(2), 2)));
-    assert!(matches!(add(&mut world, 2, 6), Err(MdsError::Exists(_))));
+    assert!(matches!(add(&mut world, 2, 6), Err(MdsError::Refused(_))));
     assert!(matches!(world.call(session, MdsRequest::MdsRemove { mds: MdsId(1) }), Err(MdsError::Refused(_))));
     let wall_ns = world.wall_ns;
     world.command(Command::MdsVoter { mds: MdsId(2), voter: true, wall_ns }).unwrap();
