@@ -128,7 +128,7 @@ async fn serve(config: ClientConfig, shared: Arc<Shared>, told: mpsc::Sender<Res
         }
         if idle {
             shared.wake.notified().await;
-        } else {
+        } else if !lock(&shared.jobs).waiting.is_empty() {
             // Sockets get their turn between two batches.
             tokio::task::yield_now().await;
         }

@@ -183,6 +183,12 @@ pub struct CsCore {
     undurable: u32,
     undurable_since: Option<Instant>,
     flush_running: bool,
+    /// Writes answered with a number up to this one were complete when the flush under way began.
+    flush_covers: u64,
+    /// They came while that flush was under way, and it covers what they ask for.
+    flush_joined: Vec<FlushWaiter>,
+    /// Somebody is about to ask for a flush.
+    flush_expected: bool,
     flush_waiters: Vec<FlushWaiter>,
     settle_dirty: Vec<VolumeId>,
     settle_at: Option<Instant>,
@@ -222,6 +228,9 @@ impl CsCore {
             undurable: 0,
             undurable_since: None,
             flush_running: false,
+            flush_covers: 0,
+            flush_joined: Vec::new(),
+            flush_expected: false,
             flush_waiters: Vec::new(),
             settle_dirty: Vec::new(),
             settle_at: None,
@@ -461,7 +470,8 @@ impl CsCore {
             self.undurable_since = (self.answered_lsn > self.durable_lsn).then_some(issued);
         }
         let ok = self.failed.is_none();
-        for waiter in waiters {
+        let joined = std::mem::take(&mut self.flush_joined);
+        for waiter in waiters.into_iter().chain(joined) {
             match ok {
                 true => self.answer_ok(waiter.caller, waiter.volume, out),
                 false => self.refuse(waiter.caller, cairn_wire::data::DataStatus::DiskFailed, 0, out),
@@ -469,17 +479,19 @@ impl CsCore {
         }
     }
 
-    /// Starts a device flush when somebody waits for one or answered writes have been undurable for long enough. One
-    /// runs at a time, so everybody who comes while it runs shares the next.
+    /// Starts a device flush when somebody waits for one or is about to, or answered writes have been undurable for long
+    /// enough. One runs at a time, so everybody who comes while it runs, and is not covered by it, shares the next.
     fn flush_if_due(&mut self, now: Now) {
         if self.flush_running || self.failed.is_some() {
             return;
         }
         let overdue = self.undurable_since.is_some_and(|since| now.mono >= since + SELF_FLUSH_AFTER);
-        if self.flush_waiters.is_empty() && !overdue && self.undurable < UNDURABLE_MAX {
+        let expected = std::mem::take(&mut self.flush_expected);
+        if self.flush_waiters.is_empty() && !overdue && !expected && self.undurable < UNDURABLE_MAX {
             return;
         }
         self.flush_running = true;
+        self.flush_covers = self.answered_lsn;
         self.undurable = 0;
         let waiters = std::mem::take(&mut self.flush_waiters);
         self.submit(now, Pending::Flush { waiters, issued: now.mono }, StoreRequest::Flush);

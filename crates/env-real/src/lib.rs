@@ -1,4 +1,4 @@
-//! The real shell: drives any [`cairn_wire::Process`] with TCP sockets, an io_uring and the clocks of this machine.
+//! The real shell: drives any [`cairn_wire::Process`] with sockets, an io_uring and the clocks of this machine.
 //!
 //! One [`Reactor`] lives on one thread. Sockets belong to tokio (`current_thread`, epoll), disks to one ring; both were
 //! measured best on their own ground (`docs/design/runtime.md`). Invariants kept here:
@@ -19,6 +19,7 @@ pub mod log;
 mod output;
 pub mod reactor;
 mod ring;
+mod socket;
 mod sys;
 
 pub use disk::{Disk, DiskOptions, OpenDiskError};

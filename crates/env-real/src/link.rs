@@ -9,6 +9,7 @@ use crate::clock;
 use crate::cutter::Cutter;
 use crate::output::{Output, SLICES_MAX};
 use crate::reactor::{Identity, Inner, State};
+use crate::socket::{self, Listener, ReadHalf, Socket, WriteHalf};
 use crate::sys;
 use cairn_env::Buf;
 use cairn_types::NodeId;
@@ -19,14 +20,11 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::task::AbortHandle;
 
 /// Bytes one link may read before the others have their turn.
@@ -39,7 +37,7 @@ const HANDSHAKE_BUFFER: usize = 4096;
 
 struct Link {
     /// None while connecting.
-    socket: Option<Rc<OwnedWriteHalf>>,
+    socket: Option<Rc<WriteHalf>>,
     output: Output,
     is_dirty: bool,
     reader: Option<AbortHandle>,
@@ -68,7 +66,7 @@ enum Flush {
     Failed(String),
 }
 
-fn flush(socket: &OwnedWriteHalf, output: &mut Output) -> Flush {
+fn flush(socket: &WriteHalf, output: &mut Output) -> Flush {
     while output.size() > 0 {
         let mut slices = [IoSlice::new(&[]); SLICES_MAX];
         let count = output.slices(&mut slices);
@@ -115,7 +113,7 @@ impl Links {
         LinkId(LinkId::ACCEPTED | self.accepted)
     }
 
-    fn insert(&mut self, link: LinkId, socket: Option<Rc<OwnedWriteHalf>>, reader: Option<AbortHandle>) {
+    fn insert(&mut self, link: LinkId, socket: Option<Rc<WriteHalf>>, reader: Option<AbortHandle>) {
         let entry = Link { socket, output: Output::default(), is_dirty: false, reader, writer: None };
         let before = self.table.insert(link, entry);
         assert!(before.is_none(), "{link:?} was used twice");
@@ -124,11 +122,6 @@ impl Links {
 
 /// Why a link ended, in words.
 type Reason = String;
-
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    sys::set_keepalive(stream.as_fd())
-}
 
 /// Counts a handshake from accept to its end.
 struct Handshaking<P: Process>(Rc<Inner<P>>);
@@ -141,15 +134,15 @@ impl<P: Process> Drop for Handshaking<P> {
 
 /// Both halves of a socket during the handshake.
 struct Shaker {
-    read: OwnedReadHalf,
-    write: OwnedWriteHalf,
+    read: ReadHalf,
+    write: WriteHalf,
     cutter: Cutter,
 }
 
 impl Shaker {
-    fn new(stream: TcpStream) -> Self {
-        let (read, write) = stream.into_split();
-        Self { read, write, cutter: Cutter::default() }
+    fn new(socket: Socket) -> Result<Self, Reason> {
+        let (read, write) = socket.prepare().map_err(|error| format!("prepare the socket: {error}"))?;
+        Ok(Self { read, write, cutter: Cutter::default() })
     }
 
     async fn send(&mut self, prefix: &[u8]) -> Result<(), Reason> {
@@ -240,9 +233,9 @@ async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Resul
 
 impl<P: Process + 'static> Inner<P> {
     /// Accepts links for ever.
-    pub(crate) async fn accept_links(self: Rc<Self>, listener: TcpListener) {
+    pub(crate) async fn accept_links(self: Rc<Self>, listener: Listener) {
         loop {
-            let (stream, peer) = match listener.accept().await {
+            let (socket, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     self.log_limited(&format!("accept a link: {error}"));
@@ -258,16 +251,15 @@ impl<P: Process + 'static> Inner<P> {
             let counted = Handshaking(Rc::clone(&self));
             let inner = Rc::clone(&self);
             tokio::task::spawn_local(async move {
-                if let Err(reason) = inner.accept_link(stream, counted).await {
+                if let Err(reason) = inner.accept_link(socket, counted).await {
                     inner.log_limited(&format!("link from {peer} refused: {reason}"));
                 }
             });
         }
     }
 
-    async fn accept_link(self: &Rc<Self>, stream: TcpStream, counted: Handshaking<P>) -> Result<(), Reason> {
-        prepare(&stream).map_err(|error| format!("prepare the socket: {error}"))?;
-        let mut shaker = Shaker::new(stream);
+    async fn accept_link(self: &Rc<Self>, socket: Socket, counted: Handshaking<P>) -> Result<(), Reason> {
+        let mut shaker = Shaker::new(socket)?;
         let limit = self.state().options.handshake_deadline;
         let peer = within(limit, "the handshake", shaker.respond(self)).await?;
         drop(counted);
@@ -291,10 +283,9 @@ impl<P: Process + 'static> Inner<P> {
         let (connect_limit, shake_limit) = (state.options.connect_deadline, state.options.handshake_deadline);
         let task = tokio::task::spawn_local(async move {
             let work = async {
-                let connecting = async { TcpStream::connect(addr).await.map_err(|error| format!("connect: {error}")) };
-                let stream = within(connect_limit, "connecting", connecting).await?;
-                prepare(&stream).map_err(|error| format!("prepare the socket: {error}"))?;
-                let mut shaker = Shaker::new(stream);
+                let connecting = async { socket::connect(addr).await.map_err(|error| format!("connect: {error}")) };
+                let socket = within(connect_limit, "connecting", connecting).await?;
+                let mut shaker = Shaker::new(socket)?;
                 let peer = within(shake_limit, "the handshake", shaker.initiate(&inner)).await?;
                 Ok((peer, shaker))
             };
@@ -346,13 +337,7 @@ impl<P: Process + 'static> Inner<P> {
     }
 
     /// Reads what the socket holds and steps the process with each frame. Ready when the link has ended.
-    fn poll_link(
-        &self,
-        cx: &mut Context<'_>,
-        link: LinkId,
-        read: &mut OwnedReadHalf,
-        cutter: &mut Cutter,
-    ) -> Poll<Reason> {
+    fn poll_link(&self, cx: &mut Context<'_>, link: LinkId, read: &mut ReadHalf, cutter: &mut Cutter) -> Poll<Reason> {
         let state = &mut *self.state();
         let mut now = None;
         let mut budget = READ_BUDGET;
@@ -435,7 +420,7 @@ impl<P: Process + 'static> Inner<P> {
         }
     }
 
-    async fn write_when_writable(self: Rc<Self>, link: LinkId, socket: Rc<OwnedWriteHalf>) {
+    async fn write_when_writable(self: Rc<Self>, link: LinkId, socket: Rc<WriteHalf>) {
         loop {
             // An error shows itself in the write that follows.
             let _ = socket.writable().await;

@@ -10,6 +10,7 @@ use crate::disk::Disk;
 use crate::link::Links;
 use crate::log::{LogLimiter, LogSink, stderr_sink};
 use crate::ring::{Offloaded, Ring};
+use crate::socket::Listener;
 use crate::sys;
 use cairn_env::DiskDone;
 use cairn_types::{ClusterId, Duration, Instant, NodeId};
@@ -28,8 +29,13 @@ use tokio::task::AbortHandle;
 
 /// All links receive into one buffer of this size, one after the other.
 const SCRATCH_SIZE: usize = 256 << 10;
-/// Waits remembered when deciding whether to spin: a bit each.
+/// So many of the last 32 waits must have been short for a reactor to spin.
 const WAITS_SHORT_MIN: u32 = 24;
+/// A turn that serves more than this is one of many in flight: sleeping then costs nothing, for others keep the machine
+/// busy.
+const SPIN_EVENTS_MAX: u64 = 3;
+/// A turn takes tens of microseconds; the usual slice is milliseconds.
+const SLICE: Duration = Duration::from_micros(200);
 /// A spinning thread that was not running for so long has stood in somebody's way.
 const PUSHED_ASIDE: Duration = Duration::from_micros(25);
 /// Turns without spinning after that, at first; twice as many each time it happens again, up to the second number.
@@ -60,6 +66,9 @@ pub struct ReactorOptions {
     pub connect_deadline: Duration,
     /// A link with more unsent bytes than this after a turn is closed.
     pub output_max: usize,
+    /// In each turn writes the links before it submits to the disks: for a process whose peers have more to do with a
+    /// message than its own disk, such as the leader of a consensus group.
+    pub send_first: bool,
     /// Where log lines go.
     pub log: LogSink,
 }
@@ -72,6 +81,7 @@ impl Default for ReactorOptions {
             handshake_deadline: Duration::from_secs(5),
             connect_deadline: Duration::from_secs(3),
             output_max: 64 << 20,
+            send_first: false,
             log: stderr_sink(),
         }
     }
@@ -160,6 +170,8 @@ pub(crate) struct State<P> {
     pub(crate) deferred: VecDeque<Event>,
     ring: Option<Ring>,
     completions: Vec<(DiskIndex, DiskDone)>,
+    /// Frames and completions up to the last turn.
+    events_before: u64,
     wake_at: Option<Instant>,
     stopped: Option<Stopped>,
 }
@@ -200,6 +212,7 @@ impl<P: Process + 'static> Reactor<P> {
     /// When a listener cannot be used or the kernel offers no io_uring (only needed with disks).
     pub fn start(config: ReactorConfig, process: P) -> io::Result<Reactor<P>> {
         sys::tune_allocator();
+        sys::ask_for_short_slices(SLICE);
         let inner = Rc::new(Inner {
             ring_ready: OnceCell::new(),
             state: RefCell::new(State {
@@ -214,6 +227,7 @@ impl<P: Process + 'static> Reactor<P> {
                 deferred: VecDeque::new(),
                 ring: None,
                 completions: Vec::new(),
+                events_before: 0,
                 wake_at: None,
                 stopped: None,
             }),
@@ -233,7 +247,11 @@ impl<P: Process + 'static> Reactor<P> {
         for listener in config.listen {
             listener.set_nonblocking(true)?;
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            reactor.0.spawn(Rc::clone(&reactor.0).accept_links(listener));
+            match Listener::beside(&listener) {
+                Ok(near) => reactor.0.spawn(Rc::clone(&reactor.0).accept_links(near)),
+                Err(error) => reactor.0.state().log(&format!("links on this host will use TCP: {error}")),
+            }
+            reactor.0.spawn(Rc::clone(&reactor.0).accept_links(Listener::Tcp(listener)));
         }
         reactor.0.spawn(Rc::clone(&reactor.0).run_turns());
         reactor.0.spawn(Rc::clone(&reactor.0).run_timer());
@@ -366,7 +384,7 @@ impl<P: Process + 'static> Inner<P> {
     }
 
     /// Serves turns for ever. With [`ReactorOptions::spin_us`] it looks for work that long before it sleeps, while three
-    /// in four of the last 32 waits were that short, and as long as nobody else wants the core.
+    /// in four of the last 32 waits were that short with little to serve, and as long as nobody else wants the core.
     async fn run_turns(self: Rc<Self>) {
         let limit = Duration::from_micros(u64::from(self.state.borrow().options.spin_us));
         // A thread that slept was woken late.
@@ -380,8 +398,8 @@ impl<P: Process + 'static> Inner<P> {
                 continue;
             }
             let wait = clock::monotonic().saturating_since(begun);
-            waits = waits << 1 | u32::from(wait <= short);
-            self.turn();
+            let events = self.turn();
+            waits = waits << 1 | u32::from(wait <= short && events <= SPIN_EVENTS_MAX);
             begun = clock::monotonic();
             pause = pause.saturating_sub(1);
             if pause > 0 || waits.count_ones() < WAITS_SHORT_MIN {
@@ -451,11 +469,12 @@ impl<P: Process + 'static> Inner<P> {
         }
     }
 
-    fn turn(self: &Rc<Self>) {
-        {
+    /// One turn; gives how many frames and completions it served.
+    fn turn(self: &Rc<Self>) -> u64 {
+        let served = {
             let state = &mut *self.state.borrow_mut();
             if state.is_stopped() {
-                return;
+                return 0;
             }
             state.stats.turns += 1;
             let now = clock::now();
@@ -467,8 +486,11 @@ impl<P: Process + 'static> Inner<P> {
             state.step(now, Event::Turn);
             self.carry_out(state, now);
             self.finish_turn(state, now);
-        }
+            let events = state.stats.frames_in + state.stats.disk_completions;
+            events - std::mem::replace(&mut state.events_before, events)
+        };
         self.run_hooks();
+        served
     }
 
     fn step_completions(&self, state: &mut State<P>, now: Now) {
@@ -519,6 +541,9 @@ impl<P: Process + 'static> Inner<P> {
             return;
         }
         // The disks first: they work while the sockets are written.
+        if state.options.send_first {
+            self.flush_links(state);
+        }
         if let Err(error) = state.ring.as_mut().map_or(Ok(()), |ring| ring.submit(now.mono)) {
             return self.halt(state, Stopped::Fatal(format!("submit to the disk ring: {error}")));
         }

@@ -73,8 +73,8 @@ mod pool {
 
     /// Larger buffers than this (1 MiB) are not kept.
     const CLASS_PAGES_MAX: usize = 256;
-    /// Pages kept by one thread: 12 MiB.
-    const KEPT_PAGES_MAX: usize = 3072;
+    /// Pages kept by one thread: 16 MiB.
+    const KEPT_PAGES_MAX: usize = 4096;
     const CLASSES: usize = CLASS_PAGES_MAX.ilog2() as usize + 1;
 
     #[derive(Default)]
@@ -115,9 +115,15 @@ mod pool {
         // Without a pool the thread is ending.
         let _ = POOL.try_with(|pool| {
             let pool = &mut *pool.borrow_mut();
+            let class = size.ilog2() as usize;
+            if pool.kept + size > KEPT_PAGES_MAX {
+                // What was in use lately is kept, the other sizes go.
+                pool.classes.iter_mut().enumerate().filter(|(other, _)| *other != class).for_each(|(_, c)| c.clear());
+                pool.kept = pool.classes[class].len() * size;
+            }
             if pool.kept + size <= KEPT_PAGES_MAX {
                 pool.kept += size;
-                pool.classes[size.ilog2() as usize].push(pages);
+                pool.classes[class].push(pages);
             }
         });
     }

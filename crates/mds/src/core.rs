@@ -125,8 +125,10 @@ impl<B: Base> MdsCore<B> {
         for request in out.disk.drain(..) {
             effects.disk.push((LOG_DISK, request));
         }
-        for (to, bytes) in out.send.drain(..) {
-            self.group.send(to, bytes, effects);
+        // A server that is leaving must still hear of the change before the group forgets it.
+        let changes = out.committed.iter().any(|committed| !matches!(committed.kind, CommittedKind::Command(_)));
+        if changes {
+            self.send_raft(&mut out, effects);
         }
         if let Some(opened) = out.opened.take() {
             self.opened(opened, effects);
@@ -145,6 +147,8 @@ impl<B: Base> MdsCore<B> {
             self.role_changed(now, role.we_are_leader, effects);
         }
         self.consensus.applied(self.applied);
+        // After the answers to those whose commands were committed: they wait, the other servers do not.
+        self.send_raft(&mut out, effects);
         for token in out.dropped.drain(..) {
             self.calls.answer(token, &Err(MdsError::Unknown), effects);
         }
@@ -163,6 +167,12 @@ impl<B: Base> MdsCore<B> {
         }
         self.answer_reads(effects);
         self.out = out;
+    }
+
+    fn send_raft(&mut self, out: &mut Output, effects: &mut Effects) {
+        for (to, bytes) in out.send.drain(..) {
+            self.group.send(to, bytes, effects);
+        }
     }
 
     fn opened(&mut self, opened: Result<cairn_consensus::Opened, cairn_consensus::OpenError>, effects: &mut Effects) {

@@ -93,7 +93,7 @@ pub fn run(config: RunConfig) -> Result<(), RunError> {
         },
         listen: vec![listener],
         disks: vec![log],
-        options: ReactorOptions::default(),
+        options: ReactorOptions { send_first: true, ..ReactorOptions::default() },
     };
     let on_ready = config.on_ready;
     let stopped = cairn_env_real::block_on_local(async move {

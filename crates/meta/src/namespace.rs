@@ -233,7 +233,7 @@ impl<K: Kv> Meta<K> {
         self.put_inode(inode, &record);
         self.put_inode(parent, &directory);
         self.globals.inodes += 1;
-        Ok(MdsReply::Created { attr: record.attr(inode), lease: grant })
+        Ok(MdsReply::CreatedIn { attr: record.attr(inode), lease: grant, parent: directory.attr(parent) })
     }
 
     #[expect(clippy::too_many_arguments, reason = "the fields of the call")]
@@ -255,7 +255,7 @@ impl<K: Kv> Meta<K> {
         }
         let new = NewInode { kind: InodeKind::Symlink, mode: 0o777, uid, gid, rdev: 0, text: target };
         match self.create(client, parent, name, new, false, now_ns)? {
-            MdsReply::Created { attr, .. } => Ok(MdsReply::Attr(attr)),
+            MdsReply::CreatedIn { attr, .. } => Ok(MdsReply::Attr(attr)),
             other => Ok(other),
         }
     }

@@ -91,7 +91,7 @@ pub enum MdsRequest {
         /// The changes.
         set: SetAttr,
     },
-    /// Creates a file, directory or node; answered by [`MdsReply::Created`]. With `lease` a file's exclusive lease
+    /// Creates a file, directory or node; answered by [`MdsReply::CreatedIn`]. With `lease` a file's exclusive lease
     /// comes along.
     Create {
         /// Directory.
@@ -495,7 +495,7 @@ pub enum MdsReply {
     },
     /// Attributes.
     Attr(Attr),
-    /// A new inode, with its lease when asked for.
+    /// A new inode, with its lease when asked for. Given by earlier servers.
     Created {
         /// Attributes.
         attr: Attr,
@@ -594,6 +594,15 @@ pub enum MdsReply {
         entries: Vec<(Vec<u8>, Vec<u8>, u64)>,
         /// No more follow.
         end: bool,
+    },
+    /// A new inode, with its lease when asked for, and what became of the directory.
+    CreatedIn {
+        /// Attributes.
+        attr: Attr,
+        /// The lease.
+        lease: Option<LeaseGrant>,
+        /// Attributes of the directory, after the creation.
+        parent: Attr,
     },
 }
 

@@ -263,8 +263,12 @@ impl CsCore {
         let (caller, id) = (call.caller, call.request.volume);
         let durable_lsn = self.durable_lsn;
         let volume = self.volumes.get_mut(&id).expect("judged by the caller");
+        volume.habit.flushed();
         if volume.marks.is_clean(durable_lsn) {
             self.answer_ok(caller, id, out);
+        } else if self.flush_running && volume.marks.all_durable(self.flush_covers) {
+            // Everything this volume has answered was complete when the flush under way began.
+            self.flush_joined.push(FlushWaiter { caller, volume: id });
         } else {
             self.flush_waiters.push(FlushWaiter { caller, volume: id });
         }
@@ -288,6 +292,7 @@ impl CsCore {
                     self.answered_lsn = self.answered_lsn.max(lsn);
                     self.undurable += 1;
                     self.undurable_since.get_or_insert(now.mono);
+                    self.flush_expected |= rest.is_none() && volume.habit.written();
                 }
                 self.counters.writes += u64::from(rest.is_none());
                 self.counters.written_bytes += u64::from(block_count) * BLOCK_SIZE as u64;

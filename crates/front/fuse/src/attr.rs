@@ -9,6 +9,8 @@ use crate::backend::OpenFailure;
 
 /// How long the kernel may believe names and attributes that another mount can change.
 pub(crate) const TTL_SHARED: Duration = Duration::from_secs(1);
+/// And attributes of a directory that are up to a second old when it asks for them.
+pub(crate) const TTL_CREATED_IN: Duration = Duration::from_millis(50);
 /// How long it may believe the attributes of a file while this mount holds its exclusive lease.
 pub(crate) const TTL_EXCLUSIVE: Duration = Duration::from_secs(30);
 /// How long it may believe that a name does not exist.

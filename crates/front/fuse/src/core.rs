@@ -91,6 +91,11 @@ pub(crate) struct Core {
     pub now_tick: Cell<u64>,
     /// Number of open file handles.
     pub open_count: Cell<u64>,
+    /// Directories in which files were created in this second, as they were right after that: the kernel forgets its
+    /// own attributes of a directory it has changed, and asks for them with the next name it creates there.
+    pub parents: RefCell<FixedMap<InodeId, Attr>>,
+    /// Changing calls sent or answered, creations of files not counted.
+    pub changes: Cell<u64>,
     told_new: RefCell<FixedMap<InodeId, Told>>,
     told_old: RefCell<FixedMap<InodeId, Told>>,
     next_handle: Cell<u64>,
@@ -154,6 +159,8 @@ impl Core {
             opening: RefCell::default(),
             now_tick: Cell::new(0),
             open_count: Cell::new(0),
+            parents: RefCell::default(),
+            changes: Cell::new(0),
             told_new: RefCell::default(),
             told_old: RefCell::default(),
             next_handle: Cell::new(1),
@@ -171,7 +178,23 @@ impl Core {
         then: impl FnOnce(&Rc<Self>, Result<MdsReply, MdsError>) + 'static,
     ) {
         let core = Rc::clone(self);
-        self.backend.call(request, Box::new(move |result| then(&core, result)));
+        // Creating files tells what became of the directory; any other change may make that untrue.
+        let changes = !request.is_read() && !matches!(request, MdsRequest::Create { lease: true, .. });
+        if changes {
+            self.forget_parents();
+        }
+        let then = move |result| {
+            if changes {
+                core.forget_parents();
+            }
+            then(&core, result);
+        };
+        self.backend.call(request, Box::new(then));
+    }
+
+    fn forget_parents(&self) {
+        self.changes.set(self.changes.get() + 1);
+        self.parents.borrow_mut().clear();
     }
 
     /// Makes a call whose answer carries attributes.
@@ -182,7 +205,7 @@ impl Core {
     ) {
         self.call(request, move |core, result| {
             let attr = match result {
-                Ok(MdsReply::Attr(attr) | MdsReply::Created { attr, .. }) => Ok(attr),
+                Ok(MdsReply::Attr(attr) | MdsReply::CreatedIn { attr, .. }) => Ok(attr),
                 Ok(other) => Err(core.unexpected(&other)),
                 Err(error) => Err(core.refused(&error)),
             };
@@ -271,6 +294,7 @@ impl Core {
     fn tick(self: &Rc<Self>) {
         let now = self.now_tick.get() + 1;
         self.now_tick.set(now);
+        self.parents.borrow_mut().clear();
         let recent = std::mem::take(&mut *self.told_new.borrow_mut());
         *self.told_old.borrow_mut() = recent;
         let dirty: Vec<InodeId> = self.dirty.borrow().iter().copied().collect();

@@ -1,6 +1,6 @@
 //! Attributes, extended attributes, figures of the file system.
 
-use crate::attr::{FILE_SIZE_MAX, mode_without_privileges};
+use crate::attr::{FILE_SIZE_MAX, TTL_CREATED_IN, mode_without_privileges};
 use crate::core::{Core, Done, Stat};
 use crate::files::File;
 use cairn_env::block::BlockOp;
@@ -30,6 +30,10 @@ fn is_acl(name: &[u8]) -> bool {
 impl Core {
     /// Attributes of an inode.
     pub fn getattr(self: &Rc<Self>, inode: InodeId, done: Done<Stat>) {
+        let created_in = self.parents.borrow().get(&inode).cloned();
+        if let Some(attr) = created_in {
+            return done(Ok(Stat { ttl: TTL_CREATED_IN, ..self.stat(attr) }));
+        }
         let file = self.file_if_known(inode);
         let now = self.now_tick.get();
         if let Some(attr) = file.as_ref().and_then(|file| file.known_attr(now)) {

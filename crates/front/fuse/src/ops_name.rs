@@ -70,8 +70,12 @@ impl Core {
             return done(Err(errno));
         }
         let request = create_request(parent, name.clone(), &node, true);
+        let changes = self.changes.get();
         self.call(request, move |core, result| match result {
-            Ok(MdsReply::Created { attr, lease }) => {
+            Ok(MdsReply::CreatedIn { attr, lease, parent: directory }) => {
+                if core.changes.get() == changes {
+                    core.parents.borrow_mut().insert(parent, directory);
+                }
                 let file = core.file(attr.inode);
                 // A file just created may be written whatever its mode or the access asked for says.
                 core.add_handle(&file, true);

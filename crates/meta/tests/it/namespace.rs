@@ -415,7 +415,7 @@ fn a_held_file_without_a_name_is_asked_back_and_then_freed() {
         rdev: 0,
         lease: true,
     };
-    let MdsReply::Created { attr, lease: Some(grant) } = world.call(holder, request).unwrap() else { panic!() };
+    let MdsReply::CreatedIn { attr, lease: Some(grant), .. } = world.call(holder, request).unwrap() else { panic!() };
     assert!(grant.clean && grant.servers.is_empty());
     world.call(other, MdsRequest::Unlink { parent: InodeId::ROOT, name: bytes("f") }).unwrap();
     assert_eq!(world.attr(attr.inode).map(|attr| attr.nlink), Some(0));

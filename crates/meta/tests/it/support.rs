@@ -173,7 +173,7 @@ impl<K: Kv> World<K> {
             lease: false,
         };
         match self.call(session, request)? {
-            MdsReply::Created { attr, .. } => Ok(attr),
+            MdsReply::CreatedIn { attr, .. } => Ok(attr),
             other => panic!("{other:?}"),
         }
     }
