@@ -129,8 +129,9 @@ pub struct BlockRange {
     pub block_count: u32,
     /// The blocks hold data; false: they were unmapped.
     pub mapped: bool,
-    /// Highest version in which a block of the run was written.
-    pub version: ChunkVersion,
+    /// The unsettled write these blocks come from, if it is unsettled: a copy made of them has to know it too, or a
+    /// version change would not mark the blocks there.
+    pub tail: Option<(Epoch, Sequence)>,
 }
 
 /// Answers.

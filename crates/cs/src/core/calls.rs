@@ -13,8 +13,7 @@ use cairn_wire::{Effects, FrameKind, Now};
 #[derive(Debug)]
 pub(super) struct Listing {
     caller: Caller,
-    /// Highest version a listed block can have.
-    version: ChunkVersion,
+    chunk: ChunkId,
     /// Only mapped blocks below this block are wanted.
     mapped_below: Option<u32>,
 }
@@ -71,7 +70,7 @@ impl CsCore {
                     .and_then(|()| self.judge_range(chunk, first_block, block_count));
                 match judged {
                     Ok(end) => {
-                        let listing = Listing { caller, version, mapped_below: Some(end) };
+                        let listing = Listing { caller, chunk, mapped_below: Some(end) };
                         self.list(now, listing, chunk, ChunkVersion(0), first_block);
                     }
                     Err(error) => self.answer_call(caller, Err(error), out),
@@ -94,7 +93,7 @@ impl CsCore {
                 };
                 match judged {
                     Ok(()) => {
-                        let listing = Listing { caller, version, mapped_below: None };
+                        let listing = Listing { caller, chunk, mapped_below: None };
                         self.list(now, listing, chunk, after.unwrap_or(ChunkVersion(0)), from_block);
                     }
                     Err(error) => self.answer_call(caller, Err(error), out),
@@ -198,7 +197,7 @@ impl CsCore {
     }
 
     pub(super) fn on_listed(&mut self, listing: Listing, result: Result<StoreReply, StoreError>, out: &mut Effects) {
-        let Listing { caller, version, mapped_below } = listing;
+        let Listing { caller, chunk, mapped_below } = listing;
         let reply = match result {
             Ok(StoreReply::Changed { ranges, next }) => {
                 let below = mapped_below.unwrap_or(u32::MAX);
@@ -208,16 +207,41 @@ impl CsCore {
                     first_block: range.first_block,
                     block_count: range.block_count.min(below - range.first_block),
                     mapped: range.mapped,
-                    version,
+                    tail: None,
                 });
-                Ok(CsReply::Ranges { ranges: ranges.collect(), next: next.filter(|next| *next < below) })
+                let mut ranges: Vec<BlockRange> = ranges.collect();
+                if mapped_below.is_none() && !planted!("cs_rebuilt_without_tail") {
+                    ranges = self.with_tails(chunk, ranges);
+                }
+                Ok(CsReply::Ranges { ranges, next: next.filter(|next| *next < below) })
             }
             Ok(other) => panic!("the store answers a listing with {other:?}"),
-            Err(StoreError::NoChunk { chunk }) => Err(CsError::NoSuchChunk(chunk)),
+            Err(StoreError::NoChunk { .. }) => Err(CsError::NoSuchChunk(chunk)),
             Err(StoreError::Failed { what }) => Err(CsError::DiskFailed(what)),
             Err(other) => Err(CsError::Invalid(other.to_string())),
         };
         self.answer_call(caller, reply, out);
+    }
+
+    /// Cuts runs of blocks where the unsettled write changes that they come from.
+    fn with_tails(&self, chunk: ChunkId, ranges: Vec<BlockRange>) -> Vec<BlockRange> {
+        let Some(volume) = self.store.chunk(chunk).map(|info| info.volume) else { return ranges };
+        let tail: Vec<_> = self.store.tail(volume).filter(|entry| entry.chunk == chunk).collect();
+        if tail.is_empty() {
+            return ranges;
+        }
+        let mut cut = Vec::with_capacity(ranges.len() + tail.len());
+        for range in ranges {
+            let (mut at, end) = (range.first_block, range.first_block + range.block_count);
+            while at < end {
+                let of = self.store.tail_latest(chunk, at);
+                let bounds = tail.iter().flat_map(|entry| [entry.first_block, entry.first_block + entry.block_count]);
+                let stop = bounds.filter(|bound| *bound > at).min().unwrap_or(end).min(end);
+                cut.push(BlockRange { first_block: at, block_count: stop - at, tail: of, ..range });
+                at = stop;
+            }
+        }
+        cut
     }
 
     pub(super) fn answer_call(&mut self, caller: Caller, reply: Result<CsReply, CsError>, out: &mut Effects) {

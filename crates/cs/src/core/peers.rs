@@ -1,7 +1,7 @@
 //! Links this server opens to other chunk servers, to copy chunks from them.
 
 use super::CsCore;
-use cairn_types::{ChunkId, Duration, Instant};
+use cairn_types::{ChunkId, Duration, Epoch, Instant, Sequence};
 use cairn_wire::cs::CsRequest;
 use cairn_wire::data::DataRequest;
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
@@ -11,13 +11,16 @@ use std::net::SocketAddr;
 /// A link without traffic for this long is closed.
 const IDLE: Duration = Duration::from_secs(60);
 
+/// The unsettled write that blocks come from, if any.
+pub(super) type Tail = Option<(Epoch, Sequence)>;
+
 /// What was asked of a peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Asked {
     /// Which blocks changed.
     Changed,
     /// These blocks.
-    Blocks { first_block: u32, block_count: u32 },
+    Blocks { first_block: u32, block_count: u32, tail: Tail },
 }
 
 struct Peer {
@@ -72,8 +75,15 @@ impl CsCore {
         out.send(link, FrameKind::CsCall, id, cairn_wire::encode(request));
     }
 
-    pub(super) fn ask_blocks(&mut self, link: LinkId, attempt: u64, request: &DataRequest, out: &mut Effects) {
-        let asked = Asked::Blocks { first_block: request.first_block, block_count: request.block_count };
+    pub(super) fn ask_blocks(
+        &mut self,
+        link: LinkId,
+        attempt: u64,
+        request: &DataRequest,
+        tail: Tail,
+        out: &mut Effects,
+    ) {
+        let asked = Asked::Blocks { first_block: request.first_block, block_count: request.block_count, tail };
         let id = self.peer_call(link, request.chunk, attempt, asked);
         let mut prefix = Vec::with_capacity(cairn_wire::data::DATA_HEADER_SIZE);
         request.encode(&mut prefix);
@@ -103,9 +113,9 @@ impl CsCore {
                 let reply = cairn_wire::decode("chunk server reply", &frame.prefix).map_err(|error| error.to_string());
                 reply.map(|reply| self.on_changed(now, chunk, attempt, reply, out))
             }
-            (Some((chunk, attempt, Asked::Blocks { first_block, block_count })), FrameKind::DataReply) => {
+            (Some((chunk, attempt, Asked::Blocks { first_block, block_count, tail })), FrameKind::DataReply) => {
                 let reply = cairn_wire::data::DataReply::decode(&frame.prefix, frame.payload.len());
-                let blocks = (first_block, block_count);
+                let blocks = (first_block, block_count, tail);
                 reply
                     .map(|reply| self.on_blocks(now, chunk, attempt, blocks, reply, frame.payload, out))
                     .map_err(|error| error.to_string())

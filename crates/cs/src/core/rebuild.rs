@@ -11,6 +11,7 @@
 //! current.
 
 use super::control::{Audience, Control};
+use super::peers::Tail;
 use super::volume::Waiting;
 use super::{BUSY_DEPTH, CsCore, Pending};
 use crate::tag::{ChunkTag, CopyState};
@@ -61,6 +62,7 @@ pub(super) struct RepairWrite {
     attempt: u64,
     first_block: u32,
     block_count: u32,
+    tail: Tail,
     /// None: holes.
     data: Option<(Buf, Vec<u64>)>,
 }
@@ -87,6 +89,8 @@ struct Job {
     list_from: Option<u32>,
     listing: bool,
     work: VecDeque<BlockRange>,
+    /// Fetched after what changed, which says of the same blocks which write they come from.
+    suspects: Vec<(u32, u32)>,
     reads: u32,
     writes: u32,
     /// A client write failed after its blocks were taken for fresh: list once more before the end.
@@ -204,6 +208,7 @@ impl CsCore {
                 list_from: Some(0),
                 listing: false,
                 work: VecDeque::new(),
+                suspects: Vec::new(),
                 reads: 0,
                 writes: 0,
                 recheck: false,
@@ -243,17 +248,11 @@ impl CsCore {
         self.advance(now, chunk, out);
     }
 
-    /// Begins at the first block, with the suspects, from the present source.
+    /// Begins at the first block, from the present source.
     fn relist(&mut self, chunk: ChunkId) {
         let (Some(job), Some(copy)) = (self.rebuilds.jobs.get_mut(&chunk), self.copies.get(&chunk)) else { return };
-        let version = job.order.entry.version;
-        let suspect = |(first_block, block_count): &(u32, u32)| BlockRange {
-            first_block: *first_block,
-            block_count: *block_count,
-            mapped: true,
-            version,
-        };
-        job.work = copy.suspects.iter().map(suspect).collect();
+        job.work.clear();
+        job.suspects = copy.suspects.clone();
         job.list_from = Some(0);
         job.listing = false;
     }
@@ -321,7 +320,7 @@ impl CsCore {
             let request = CsRequest::Changed { chunk, version, after: base, from_block };
             self.ask_changed(link, chunk, attempt, &request, out);
         }
-        while let Some((first_block, block_count)) = self.next_read(now, chunk) {
+        while let Some((first_block, block_count, tail)) = self.next_read(now, chunk) {
             let request = DataRequest {
                 op: DataOp::Read,
                 flags: FLAG_REPAIR,
@@ -335,7 +334,7 @@ impl CsCore {
                 block_count,
                 checksums: Vec::new(),
             };
-            self.ask_blocks(link, attempt, &request, out);
+            self.ask_blocks(link, attempt, &request, tail, out);
         }
         // Holes cost no read; they may have been the last of the work.
         if self.is_copied(chunk) {
@@ -396,7 +395,7 @@ impl CsCore {
     }
 
     /// The next blocks to read, if another read may begin now. Holes on the way are unmapped.
-    fn next_read(&mut self, now: Now, chunk: ChunkId) -> Option<(u32, u32)> {
+    fn next_read(&mut self, now: Now, chunk: ChunkId) -> Option<(u32, u32, Tail)> {
         loop {
             let busy = self.client_depth > BUSY_DEPTH;
             let gated = self.rebuilds.gate.is_some_and(|gate| now.mono < gate);
@@ -426,13 +425,15 @@ impl CsCore {
             if !range.mapped {
                 let (volume, attempt) = (job.order.volume, job.attempt);
                 job.writes += 1;
-                let hole = RepairWrite { volume, chunk, attempt, first_block: first, block_count: count, data: None };
+                let tail = range.tail;
+                let hole =
+                    RepairWrite { volume, chunk, attempt, first_block: first, block_count: count, tail, data: None };
                 self.repair(now, hole);
                 continue;
             }
             job.reads += 1;
             self.rebuilds.gate = busy.then(|| now.mono + BUSY_PAUSE);
-            return Some((first, count));
+            return Some((first, count, range.tail));
         }
     }
 
@@ -456,6 +457,11 @@ impl CsCore {
                 }
                 job.list_from = next;
                 job.work.extend(ranges.into_iter().filter(|range| range.block_count > 0));
+                if next.is_none() {
+                    let suspect =
+                        |(first_block, block_count)| BlockRange { first_block, block_count, mapped: true, tail: None };
+                    job.work.extend(std::mem::take(&mut job.suspects).into_iter().map(suspect));
+                }
                 self.advance(now, chunk, out);
             }
             // The chunk was created there.
@@ -479,7 +485,7 @@ impl CsCore {
         now: Now,
         chunk: ChunkId,
         attempt: u64,
-        blocks: (u32, u32),
+        blocks: (u32, u32, Tail),
         reply: DataReply,
         payload: Buf,
         out: &mut Effects,
@@ -489,8 +495,8 @@ impl CsCore {
         if job.phase != Phase::Copying {
             return;
         }
-        let (first_block, block_count) = blocks;
-        let again = BlockRange { first_block, block_count, mapped: true, version: job.order.entry.version };
+        let (first_block, block_count, tail) = blocks;
+        let again = BlockRange { first_block, block_count, mapped: true, tail };
         let problem = match reply.status {
             DataStatus::Ok if reply.block_count != block_count => Some("it answered with other blocks".to_owned()),
             DataStatus::Ok => {
@@ -524,7 +530,8 @@ impl CsCore {
             if let Some(job) = self.rebuilds.job(chunk, attempt) {
                 job.writes += 1;
             }
-            self.repair(now, RepairWrite { volume, chunk, attempt, first_block, block_count: len as u32, data });
+            let block_count = len as u32;
+            self.repair(now, RepairWrite { volume, chunk, attempt, first_block, block_count, tail, data });
             at += len;
         }
         self.advance(now, chunk, out);
@@ -542,7 +549,7 @@ impl CsCore {
 
     /// Gives the blocks that are not fresh by now to the store, under the version the copy has by now.
     pub(super) fn submit_repair(&mut self, now: Now, repair: RepairWrite) {
-        let RepairWrite { volume: id, chunk, attempt, first_block, block_count, data } = repair;
+        let RepairWrite { volume: id, chunk, attempt, first_block, block_count, tail, data } = repair;
         let live = self.rebuilds.job(chunk, attempt).is_some() && self.failed.is_none();
         let (true, Some(version)) = (live, self.store.chunk(chunk).map(|info| info.version)) else {
             return self.repair_settled(now, chunk, attempt);
@@ -557,8 +564,10 @@ impl CsCore {
             set_blocks(&mut self.copies.get_mut(&chunk).expect("found above").fresh, first, count);
             let volume = self.volumes.get_mut(&id).expect("a volume under rebuild is kept");
             volume.writes += 1;
-            // Sequence zero: no write of the holder, so it never becomes part of the unsettled tail.
-            let (epoch, sequence) = (volume.fenced, Sequence(0));
+            // What is unsettled at the source is so here, unless it was settled meanwhile or another holder came: then, and
+            // for all the rest, sequence zero, which is no write of a holder and never part of the unsettled tail.
+            let settled = (volume.fenced, volume.settled);
+            let (epoch, sequence) = tail.filter(|tail| *tail > settled).unwrap_or((volume.fenced, Sequence(0)));
             let request = match &data {
                 None => StoreRequest::Unmap {
                     chunk,
