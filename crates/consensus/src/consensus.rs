@@ -25,7 +25,8 @@ pub struct Consensus {
 enum State {
     New,
     Reading { reader: Reader, applied: u64, nonce: u64 },
-    Settling { found: Box<Recovered>, wal: Wal, barrier: IoId, applied: u64, nonce: u64 },
+    /// Makes what was read durable: the newest group is written again, then all is flushed (`flushing`).
+    Settling { found: Box<Recovered>, wal: Wal, flushing: bool, io: IoId, applied: u64, nonce: u64 },
     Open(Box<Node>),
     Closed,
 }
@@ -63,21 +64,29 @@ impl Consensus {
                         Ok(mut found) => {
                             let ring = std::mem::take(&mut found.ring);
                             let mut wal = Wal::new(&self.config, found.identity, ring);
-                            // What was read may lie in a volatile cache; nothing relies on it before a flush.
-                            let request = wal.barrier();
-                            let barrier = request.io;
+                            // What was read may lie in a volatile cache; nothing relies on it before a flush. And the
+                            // flush of the newest group may have failed: then only writing it again makes it durable.
+                            let newest = std::mem::take(&mut found.newest);
+                            let request = wal.again(newest);
+                            let io = request.io;
                             out.disk.push(request);
-                            State::Settling { found: Box::new(found), wal, barrier, applied, nonce }
+                            State::Settling { found: Box::new(found), wal, flushing: false, io, applied, nonce }
                         }
                         Err(error) => closed(out, error),
                     },
                     Err(error) => closed(out, OpenError::Read(error)),
                 };
             }
-            State::Settling { found, wal, barrier, applied, nonce } => {
-                assert_eq!(done.io, barrier, "a completion nobody waits for");
+            State::Settling { found, mut wal, flushing, io, applied, nonce } => {
+                assert_eq!(done.io, io, "a completion nobody waits for");
                 self.state = match done.result {
                     Err(error) => closed(out, OpenError::Read(error)),
+                    Ok(_) if !flushing => {
+                        let request = wal.barrier();
+                        let io = request.io;
+                        out.disk.push(request);
+                        State::Settling { found, wal, flushing: true, io, applied, nonce }
+                    }
                     Ok(_) => match Node::open(&self.config, *found, wal, applied, nonce, now, out) {
                         Ok(node) => State::Open(Box::new(node)),
                         Err(error) => closed(out, error),

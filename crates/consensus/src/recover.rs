@@ -106,6 +106,8 @@ pub(crate) struct Recovered {
     pub ring: Ring,
     pub intent: Option<SnapshotMeta>,
     pub cut_bytes: u64,
+    /// Offset and bytes of the newest group.
+    pub newest: (u64, Buf),
 }
 
 struct Scan {
@@ -240,5 +242,7 @@ pub(crate) fn recover(config: &Config, bytes: &[u8], next_io: u64) -> Result<Rec
     let ring = Ring { groups, previous_crc32c: newest.header_crc32c.get(), commit: store.hard.commit, next_io };
     let identity = Identity { cluster: config.cluster, id: config.id, instance: newest.instance.get() };
     let cut_bytes = scan.torn.get(&(newest.sequence.get() + 1)).map_or(0, |(_, size)| *size);
-    Ok(Recovered { identity, store, ring, intent, cut_bytes })
+    let at = newest.offset.get();
+    let newest = (at, Buf::copy_from(&bytes[at as usize..(at + newest.padded_size()) as usize]));
+    Ok(Recovered { identity, store, ring, intent, cut_bytes, newest })
 }

@@ -14,7 +14,7 @@ use crate::format::{GroupWriter, Place};
 use crate::output::SnapshotMeta;
 use crate::store::LogStore;
 use crate::wire::Identity;
-use cairn_env::{DiskDone, DiskError, DiskOp, DiskRequest, IoId};
+use cairn_env::{Buf, DiskDone, DiskError, DiskOp, DiskRequest, IoId};
 use std::collections::VecDeque;
 
 /// A group that replay would read.
@@ -95,6 +95,11 @@ impl Wal {
     fn io(&mut self) -> IoId {
         self.next_io += 1;
         IoId(self.next_io)
+    }
+
+    /// Writes a group again where it lies.
+    pub fn again(&mut self, (offset, group): (u64, Buf)) -> DiskRequest {
+        DiskRequest { io: self.io(), op: DiskOp::Write { offset, bufs: vec![group] } }
     }
 
     /// A flush that belongs to no group: opening makes what it has read durable before anything relies on it.
