@@ -107,7 +107,10 @@ impl Volume {
         if ctx.config.on_no_space == OnNoSpace::Wait {
             return self.retry_refused(ctx, index);
         }
-        self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
+        if self.chunk(index).create {
+            // It cannot even be made; whoever waits for that has sent nothing yet.
+            self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
+        }
         for id in self.refused(index) {
             let Some(part) = self.parts.get_mut(id) else { continue };
             let Body::Write(write) = &mut part.body else { continue };
