@@ -42,10 +42,18 @@ fn ns_to_time(ns: u64) -> SystemTime {
     if ns < 0 { UNIX_EPOCH - span } else { UNIX_EPOCH + span }
 }
 
+/// The kernel counts seconds before 1970 down and nanoseconds up from there; `fuser` 0.18 takes both off.
+fn as_meant(time: SystemTime) -> SystemTime {
+    match UNIX_EPOCH.duration_since(time) {
+        Ok(before) => time + Duration::from_nanos(2 * u64::from(before.subsec_nanos())),
+        Err(_) => time,
+    }
+}
+
 /// What `utimensat` meant.
 pub(crate) fn time_or_now(time: TimeOrNow) -> u64 {
     match time {
-        TimeOrNow::SpecificTime(time) => time_to_ns(time),
+        TimeOrNow::SpecificTime(time) => time_to_ns(as_meant(time)),
         TimeOrNow::Now => wall_ns(),
     }
 }
