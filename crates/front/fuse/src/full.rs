@@ -1,9 +1,9 @@
 //! Writes that wait because the cluster is full.
 //!
-//! The client fails what nobody has room for, and leaves equal copies and the old content. Waiting is done here, where it is
-//! known who waits: the write is tried again every second, holding nothing in between, and ends with `EINTR` when its
-//! caller is being killed. That is looked up in the process table: the kernel says it with `FUSE_INTERRUPT` too, but that
-//! request does not get through to us.
+//! The client fails what nobody has room for, and leaves equal copies and the old content. Waiting is done here, where
+//! it is known who waits: the write is tried again every second, holding nothing in between, and ends with `EINTR` when
+//! its caller is being killed. That is looked up in the process table: the kernel says it with `FUSE_INTERRUPT` too,
+//! but that request does not get through to us.
 
 use crate::core::Core;
 use crate::files::File;

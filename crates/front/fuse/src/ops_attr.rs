@@ -22,8 +22,8 @@ pub(crate) struct Space {
 /// The attribute that gives an executable privileges of its own; the kernel asks for it before it writes.
 const CAPABILITY: &[u8] = b"security.capability";
 
-/// Attributes that are kept have one of these before their name, as on other file systems. Not `system.`: access control
-/// lists live there, and keeping them without obeying them would be worse.
+/// Attributes that are kept have one of these before their name, as on other file systems. Not `system.`: access
+/// control lists live there, and keeping them without obeying them would be worse.
 fn is_kept(name: &[u8]) -> bool {
     [&b"user."[..], b"trusted.", b"security."].iter().any(|space| name.len() > space.len() && name.starts_with(space))
 }
