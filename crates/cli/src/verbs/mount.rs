@@ -55,8 +55,8 @@ pub fn run(context: &Context, args: &MountArgs) -> Result<()> {
     if args.foreground { serve(context, &options) } else { go_to_background(std::env::args_os().skip(1)) }
 }
 
-/// Checks the mount point. What a mount left there whose process died is taken away: nothing could be reached through it
-/// any more.
+/// Checks the mount point. What a mount left there whose process died is taken away: nothing could be reached through
+/// it any more.
 fn prepare(dir: &std::path::Path) -> Result<()> {
     match std::fs::metadata(dir) {
         Ok(known) if known.is_dir() => return Ok(()),

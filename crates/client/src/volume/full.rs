@@ -6,8 +6,8 @@
 //! that refused it still holds is written to all of them, zeros as holes; that needs no room where the blocks were
 //! refused, since it only overwrites what is mapped there. So a failed write leaves equal copies and the old content.
 //!
-//! The failed write keeps its place among the unsettled ones until then: were it settled before, a holder that takes over
-//! in the middle would not see that the replicas differ.
+//! The failed write keeps its place among the unsettled ones until then: were it settled before, a holder that takes
+//! over in the middle would not see that the replicas differ.
 
 use super::Volume;
 use super::ops::{Done, Kind};
