@@ -1,5 +1,6 @@
 //! A cluster that runs out of space: what programs see, and that it comes back by itself when something is deleted.
 
+use crate::mounting::MountPoint;
 use crate::needs_fuse;
 use cairn_tests::cluster::Cluster;
 use cairn_tests::process::{self, poll};
@@ -47,6 +48,7 @@ fn a_full_cluster_refuses_or_waits_and_goes_on_after_a_delete() {
     let mut cluster = Cluster::start_sized(LIMIT, "512M");
     let failing = cluster.beside("failing");
     fs::create_dir(&failing).expect("make a mount point");
+    let _taken_away = MountPoint(failing.clone());
     let words = ["mount", failing.to_str().expect("utf-8"), "--foreground", "--fail-on-nospace"];
     cluster.run_by_hand("failing", &words);
     poll("the second mount works", Duration::from_secs(30), || process::is_mounted(&failing).then_some(()));

@@ -13,7 +13,7 @@ const LIMIT: Duration = Duration::from_secs(200);
 const STEP: Duration = Duration::from_secs(40);
 
 /// Takes the mount away whatever happens; its process ends with it.
-struct MountPoint(PathBuf);
+pub struct MountPoint(pub PathBuf);
 
 impl MountPoint {
     fn text(&self) -> &str {
