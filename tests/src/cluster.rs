@@ -21,6 +21,7 @@ const CS_SIZE: &str = "1536M";
 /// A cluster in a directory of its own. Dropping it kills what runs and takes the mounts away.
 pub struct Cluster {
     dir: PathBuf,
+    cs_size: &'static str,
     supervisor: Option<Child>,
     by_hand: Vec<(String, Child)>,
     pids: Arc<Mutex<Vec<u32>>>,
@@ -46,6 +47,11 @@ pub fn scratch() -> tempfile::TempDir {
 impl Cluster {
     /// Starts a new cluster; after `limit` everything of it is killed, so that whatever waits for it fails.
     pub fn start(limit: Duration) -> Self {
+        Self::start_sized(limit, CS_SIZE)
+    }
+
+    /// As [`Cluster::start`], with so much space on each chunk server.
+    pub fn start_sized(limit: Duration, cs_size: &'static str) -> Self {
         let scratch = scratch();
         let dir = std::fs::canonicalize(scratch.path()).expect("the directory exists").join("q");
         let pids = Arc::new(Mutex::new(Vec::new()));
@@ -60,6 +66,7 @@ impl Cluster {
         std::thread::Builder::new().name("watchdog".into()).spawn(watch).expect("start the watchdog");
         let mut cluster = Self {
             dir,
+            cs_size,
             supervisor: None,
             by_hand: Vec::new(),
             pids,
@@ -79,7 +86,7 @@ impl Cluster {
         let log_path = self.dir.with_extension("log");
         let log = File::options().create(true).append(true).open(&log_path).expect("open the log");
         let mut command = Command::new(process::binary());
-        command.args(["quickstart", "--cs-size", CS_SIZE, "--dir"]).arg(&self.dir);
+        command.args(["quickstart", "--cs-size", self.cs_size, "--dir"]).arg(&self.dir);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("duplicate")).stderr(log);
         process::die_with_test(&mut command, libc::SIGTERM);
         let begun = process::now();

@@ -106,7 +106,7 @@ pub fn main() -> i32 {
     if let Some(code) = verbs::mount::run_as_mount_helper() {
         return code;
     }
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(verbs::mount::with_mount_options(std::env::args_os())) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();

@@ -50,9 +50,8 @@ pub const REPAIRS_MAX: usize = 16;
 pub enum OnNoSpace {
     /// Waits until there is space.
     Wait,
-    /// Fails with [`cairn_env::block::BlockError::NoSpace`] when no chunk can be allocated or no replica took the
-    /// write. A write that some replicas took and others had no space for waits in either case: failing it would
-    /// leave the copies different.
+    /// Fails with [`cairn_env::block::BlockError::NoSpace`] when no server has room for a chunk or a copy of it. What
+    /// some replicas took is taken back first, so copies stay equal and hold what they held before.
     Fail,
 }
 

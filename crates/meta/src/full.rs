@@ -1,7 +1,7 @@
 //! Space that runs out: which copies move away from a full server, and what the event log says of it.
 //!
-//! New chunks go to servers below `mds.alloc.fill_margin` only, but chunks are thin: what is placed grows until its server
-//! has no room left. Then its holder asks for another place. A server keeps working space of its own beyond the
+//! New chunks go to servers below `mds.alloc.fill_margin` only, but chunks are thin: what is placed grows until its
+//! server has no room left. Then its holder asks for another place. A server keeps working space of its own beyond the
 //! capacity it reports, so that deleting, reading, and overwriting what is mapped never need any.
 
 use crate::command::Answer;

@@ -20,9 +20,14 @@ pub const CHUNK_SIZE_MAX: u64 = 256 << 20;
 
 fn check_name(name: &str) -> Result<(), MdsError> {
     let digits = name.bytes().all(|byte| byte.is_ascii_digit());
-    if name.is_empty() || name.len() > VOLUME_NAME_MAX || digits || name.chars().any(|c| c.is_control() || c == '/') {
+    if name.is_empty()
+        || name.len() > VOLUME_NAME_MAX
+        || digits
+        || matches!(name, "." | "..")
+        || name.chars().any(|c| c.is_control() || c == '/')
+    {
         return Err(MdsError::Invalid(format!(
-            "a volume name has 1 to {VOLUME_NAME_MAX} bytes, no `/` or control characters, and is not a number"
+            "a volume name has 1 to {VOLUME_NAME_MAX} bytes, no `/` or control characters, and is not `.`, `..` or a number"
         )));
     }
     Ok(())

@@ -463,8 +463,8 @@ pub enum MdsRequest {
         limit: u32,
     },
 
-    /// A server has no room for what the holder writes to a chunk: another one is to get a copy. Where enough copies are
-    /// left the full server leaves the set at once, else when the new copy is complete. Answered by
+    /// A server has no room for what the holder writes to a chunk: another one is to get a copy. Where enough copies
+    /// are left the full server leaves the set at once, else when the new copy is complete. Answered by
     /// [`MdsReply::Chunks`] with the entry, unchanged while a copy is being made or all that have room are busy, and by
     /// [`MdsError::NoSpace`] when no server has room.
     ReplicaFull {

@@ -7,6 +7,8 @@
 mod by_hand;
 mod crash;
 mod fsx;
+mod full;
+mod mounting;
 mod nbd;
 mod postgres;
 mod quickstart;

@@ -139,7 +139,10 @@ pub fn stat(context: &Context) -> Result<()> {
     println!("Cluster {} ({}): {}", stat.name, stat.cluster, health_word(stat.health));
     let free = stat.capacity.saturating_sub(stat.used);
     let (total, used, free) = (format_size(stat.capacity), format_size(stat.used), format_size(free));
-    println!("Space: {total} raw, {used} used, {free} free");
+    println!("Space: {total} raw, {used} used ({} %), {free} free", per_cent(stat.used, stat.capacity));
+    if let Some(line) = full_line(&stat) {
+        println!("{line}");
+    }
     println!("Files and directories: {}, volumes: {}", stat.inodes, stat.volumes);
     print_chunks(&stat);
     println!("\n{:<6} {:<22} STATE", "MDS", "ADDRESS");
@@ -172,6 +175,25 @@ pub fn stat(context: &Context) -> Result<()> {
         println!("{:<8} {:<16} {:>7}  {}", client.client.0, client.host_name, client.leases, client.purpose);
     }
     Ok(())
+}
+
+/// Used per cent, rounded down: 100 means full.
+fn per_cent(used: u64, capacity: u64) -> u64 {
+    (u128::from(used) * 100 / u128::from(capacity.max(1))) as u64
+}
+
+/// A line about servers that are filling up; the same limits as the events MDS-3002 and MDS-3003.
+fn full_line(stat: &ClusterStat) -> Option<String> {
+    let in_use = stat.cs.iter().filter(|cs| cs.state != CsState::Dropped);
+    let fills: Vec<u64> = in_use.map(|cs| per_cent(cs.stats.used, cs.stats.capacity)).collect();
+    let (full, filling) =
+        (fills.iter().filter(|fill| **fill >= 95).count(), fills.iter().filter(|f| **f >= 80).count());
+    let of = fills.len();
+    if full > 0 {
+        Some(format!("FULL: {full} of {of} chunk servers are 95 % full or more; add servers or delete data"))
+    } else {
+        (filling > 0).then(|| format!("Filling up: {filling} of {of} chunk servers are 80 % full or more"))
+    }
 }
 
 fn print_chunks(stat: &ClusterStat) {

@@ -39,7 +39,7 @@ pub struct MountArgs {
     /// Lets the kernel keep written data; for file systems used by one mount at a time.
     #[arg(long)]
     writeback: bool,
-    /// Options as mount(8) takes them, separated by commas.
+    /// Options as mount(8) takes them, separated by commas; `-o LIST` behind `mount` says the same.
     #[arg(long = "options", value_name = "LIST")]
     options: Vec<String>,
     /// Stays in the foreground.
@@ -50,11 +50,61 @@ pub struct MountArgs {
 /// Runs `mount`.
 pub fn run(context: &Context, args: &MountArgs) -> Result<()> {
     context.key()?;
-    if !args.dir.is_dir() {
-        bail!("{} is not a directory; make it first", args.dir.display());
-    }
+    prepare(&args.dir)?;
     let options = options_of(context, args)?;
     if args.foreground { serve(context, &options) } else { go_to_background(std::env::args_os().skip(1)) }
+}
+
+/// Checks the mount point. What a mount left there whose process died is taken away: nothing could be reached through
+/// it any more.
+fn prepare(dir: &std::path::Path) -> Result<()> {
+    match std::fs::metadata(dir) {
+        Ok(known) if known.is_dir() => return Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {}
+        _ => bail!("{} is not a directory; make it first", dir.display()),
+    }
+    if !is_ours(dir) {
+        bail!("{} is a mount whose process died; run `umount {}` first", dir.display(), dir.display());
+    }
+    eprintln!("{} was a mount whose process died: it is taken away", dir.display());
+    unmount(dir, libc::MNT_DETACH).with_context(|| format!("run `fusermount3 -u {}` first", dir.display()))?;
+    prepare(dir)
+}
+
+/// True when the topmost mount on `dir` is one of this program.
+fn is_ours(dir: &std::path::Path) -> bool {
+    let table = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let absolute = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    let name = absolute.to_string_lossy().trim_end_matches('/').replace(' ', "\\040");
+    let kind = |line: &str| {
+        let mut fields = line.split(' ').skip(1);
+        (fields.next() == Some(name.as_str())).then(|| fields.next() == Some("fuse.cairn"))
+    };
+    table.lines().rev().find_map(kind) == Some(true)
+}
+
+/// The words of the command line with `-o LIST` behind `mount` as `--options LIST`: everywhere else `-o` is the output
+/// format, which `mount` has no use for, and mount(8)'s users expect the list.
+pub fn with_mount_options(words: impl Iterator<Item = std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let mut words = words.peekable();
+    let mut out: Vec<std::ffi::OsString> = words.next().into_iter().collect();
+    while let Some(word) = words.next_if(|word| word.as_encoded_bytes().starts_with(b"-")) {
+        // Those before the verb that have their value in the next word.
+        let takes_one =
+            [&b"-c"[..], b"--cluster", b"--mds-addr", b"-o", b"--output"].contains(&word.as_encoded_bytes());
+        out.push(word);
+        out.extend(words.next_if(|_| takes_one));
+    }
+    let is_mount = words.peek().is_some_and(|verb| verb == "mount");
+    out.extend(words.map(|word| match word.as_encoded_bytes() {
+        b"-o" if is_mount => "--options".into(),
+        [b'-', b'o', list @ ..] if is_mount => {
+            let list = String::from_utf8_lossy(list.strip_prefix(b"=").unwrap_or(list)).into_owned();
+            format!("--options={list}").into()
+        }
+        _ => word,
+    }));
+    out
 }
 
 fn options_of(context: &Context, args: &MountArgs) -> Result<MountOptions> {
@@ -86,7 +136,8 @@ fn serve(context: &Context, options: &MountOptions) -> Result<()> {
 fn serve_until_unmounted(context: &Context, options: &MountOptions) -> Result<()> {
     let purpose = format!("mount {}", options.mountpoint.display());
     let mut config = context.client_config(SessionKind::Client, &purpose)?;
-    config.on_no_space = if options.fail_on_no_space { OnNoSpace::Fail } else { OnNoSpace::Wait };
+    // Where writes wait for room, the mount does the waiting.
+    config.on_no_space = OnNoSpace::Fail;
     let mounted = cairn_fuse::mount(Client::spawn(config)?, options)?;
     unmount_on_signal(mounted.mountpoint().to_owned())?;
     println!("{READY}");
@@ -174,8 +225,29 @@ fn mount_from_fstab(arguments: &[String]) -> Result<()> {
     let request = cairn_fuse::parse_mount_args(arguments)?;
     let context = Context::of(&request.cluster, &cairn_client::cluster::config_dir());
     context.key()?;
+    prepare(&request.options.mountpoint)?;
     if request.foreground || arguments.iter().any(|word| word == "--foreground") {
         return serve(&context, &request.options);
     }
     go_to_background(std::env::args_os().skip(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::with_mount_options;
+
+    fn words(line: &str) -> String {
+        let words = with_mount_options(line.split(' ').map(std::ffi::OsString::from));
+        words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn a_list_of_mount_options_is_told_from_an_output_format() {
+        assert_eq!(words("cairn -c a mount /m -o ro,log=/l"), "cairn -c a mount /m --options ro,log=/l");
+        assert_eq!(words("cairn mount -oro /m"), "cairn mount --options=ro /m");
+        assert_eq!(words("cairn -o json mount /m"), "cairn -o json mount /m");
+        assert_eq!(words("cairn -o json -c mount stat -o text"), "cairn -o json -c mount stat -o text");
+        assert_eq!(words("cairn --cluster=a mount /m -o=ro"), "cairn --cluster=a mount /m --options=ro");
+        assert_eq!(words("cairn"), "cairn");
+    }
 }

@@ -6,8 +6,8 @@
 //! that refused it still holds is written to all of them, zeros as holes; that needs no room where the blocks were
 //! refused, since it only overwrites what is mapped there. So a failed write leaves equal copies and the old content.
 //!
-//! The failed write keeps its place among the unsettled ones until then: were it settled before, a holder that takes over
-//! in the middle would not see that the replicas differ.
+//! The failed write keeps its place among the unsettled ones until then: were it settled before, a holder that takes
+//! over in the middle would not see that the replicas differ.
 
 use super::Volume;
 use super::ops::{Done, Kind};
@@ -107,7 +107,10 @@ impl Volume {
         if ctx.config.on_no_space == OnNoSpace::Wait {
             return self.retry_refused(ctx, index);
         }
-        self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
+        if self.chunk(index).create {
+            // It cannot even be made; whoever waits for that has sent nothing yet.
+            self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
+        }
         for id in self.refused(index) {
             let Some(part) = self.parts.get_mut(id) else { continue };
             let Body::Write(write) = &mut part.body else { continue };

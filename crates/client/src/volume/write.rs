@@ -131,7 +131,8 @@ impl WritePart {
         let targets: Vec<String> =
             self.targets.iter().map(|t| format!("slot {} {:?} at {}", t.slot, t.at, t.version)).collect();
         let parked = if self.parked { ", parked below the minimum" } else { "" };
-        format!("write {}: {}{parked}", self.sequence, targets.join(", "))
+        let undoing = if self.undoing { ", being taken back for lack of room" } else { "" };
+        format!("write {}: {}{parked}{undoing}", self.sequence, targets.join(", "))
     }
 
     /// Those who had no room are to be asked once more.

@@ -24,15 +24,36 @@ pub(crate) fn wall_ns() -> u64 {
     time_to_ns(SystemTime::now())
 }
 
-/// Nanoseconds since 1970; times before it become 0.
+/// Nanoseconds since 1970. Times before it are below zero, in two's complement as everywhere behind here; what does not
+/// fit becomes the earliest (1677) or the latest (2262) that does.
 pub(crate) fn time_to_ns(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+    let bounded = |span: Duration| i64::try_from(span.as_nanos()).unwrap_or(i64::MAX);
+    let ns = match time.duration_since(UNIX_EPOCH) {
+        Ok(since) => bounded(since),
+        Err(before) => -bounded(before.duration()),
+    };
+    ns as u64
+}
+
+/// What [`time_to_ns`] was made from.
+fn ns_to_time(ns: u64) -> SystemTime {
+    let ns = ns as i64;
+    let span = Duration::from_nanos(ns.unsigned_abs());
+    if ns < 0 { UNIX_EPOCH - span } else { UNIX_EPOCH + span }
+}
+
+/// The kernel counts seconds before 1970 down and nanoseconds up from there; `fuser` 0.18 takes both off.
+fn as_meant(time: SystemTime) -> SystemTime {
+    match UNIX_EPOCH.duration_since(time) {
+        Ok(before) => time + Duration::from_nanos(2 * u64::from(before.subsec_nanos())),
+        Err(_) => time,
+    }
 }
 
 /// What `utimensat` meant.
 pub(crate) fn time_or_now(time: TimeOrNow) -> u64 {
     match time {
-        TimeOrNow::SpecificTime(time) => time_to_ns(time),
+        TimeOrNow::SpecificTime(time) => time_to_ns(as_meant(time)),
         TimeOrNow::Now => wall_ns(),
     }
 }
@@ -64,14 +85,13 @@ pub(crate) fn kind_of_mode(mode: u32) -> Option<InodeKind> {
 
 /// Attributes as the kernel wants them.
 pub(crate) fn file_attr(attr: &Attr) -> FileAttr {
-    let time = |ns: u64| UNIX_EPOCH + Duration::from_nanos(ns);
     FileAttr {
         ino: INodeNo(attr.inode.0),
         size: attr.size,
         blocks: attr.allocated.div_ceil(512),
-        atime: time(attr.atime_ns),
-        mtime: time(attr.mtime_ns),
-        ctime: time(attr.ctime_ns),
+        atime: ns_to_time(attr.atime_ns),
+        mtime: ns_to_time(attr.mtime_ns),
+        ctime: ns_to_time(attr.ctime_ns),
         crtime: UNIX_EPOCH,
         kind: file_type(attr.kind),
         perm: (attr.mode & 0o7777) as u16,
@@ -178,6 +198,10 @@ mod tests {
     fn times_survive_the_way_there_and_back() {
         let time = UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
         assert_eq!(time_to_ns(time), 1_700_000_000_123_456_789);
-        assert_eq!(time_to_ns(UNIX_EPOCH - Duration::from_secs(1)), 0);
+        for time in [time, UNIX_EPOCH, UNIX_EPOCH - Duration::new(86_400 * 365 * 20, 5)] {
+            assert_eq!(ns_to_time(time_to_ns(time)), time);
+        }
+        let far = UNIX_EPOCH + Duration::from_secs(1 << 40);
+        assert_eq!(time_to_ns(far), i64::MAX as u64);
     }
 }

@@ -8,8 +8,10 @@
 use crate::attr::{TTL_EXCLUSIVE, TTL_SHARED, mds_errno};
 use crate::backend::Backend;
 use crate::files::File;
+use crate::full::Waiting;
 use crate::log::Log;
 use crate::ops_dir::Directory;
+use crate::options::MountOptions;
 use cairn_stdx::FixedMap;
 use cairn_types::InodeId;
 use cairn_wire::mds::{Attr, InodeKind, MdsError, MdsReply, MdsRequest};
@@ -73,6 +75,10 @@ pub(crate) struct Core {
     pub log: Log,
     /// The kernel caches writes: it alone knows sizes and times of open files.
     pub writeback: bool,
+    /// Writes fail when the cluster is full, instead of waiting.
+    pub fail_on_no_space: bool,
+    /// Writes that wait for room.
+    pub no_room: RefCell<Vec<Waiting>>,
     /// Seconds an open waits for another client to give its lease back.
     pub lease_wait: u64,
     /// Every file with handles, a lease, or something under way.
@@ -140,17 +146,14 @@ pub(crate) fn remove(id: u64) {
 
 impl Core {
     /// A mount without open files.
-    pub fn new(
-        backend: Rc<dyn Backend>,
-        log: Log,
-        (writeback, lease_wait): (bool, u64),
-        notices: mpsc::Sender<Notice>,
-    ) -> Rc<Self> {
+    pub fn new(backend: Rc<dyn Backend>, log: Log, options: &MountOptions, notices: mpsc::Sender<Notice>) -> Rc<Self> {
         Rc::new(Self {
             backend,
             log,
-            writeback,
-            lease_wait,
+            writeback: options.writeback,
+            fail_on_no_space: options.fail_on_no_space,
+            no_room: RefCell::default(),
+            lease_wait: options.lease_wait_seconds,
             files: RefCell::default(),
             handles: RefCell::default(),
             directories: RefCell::default(),
@@ -303,6 +306,7 @@ impl Core {
                 self.report(&file, Box::new(|_| ()));
             }
         }
+        self.try_for_room();
         self.expire_opens(now);
         self.expire_idle(now);
     }
@@ -310,6 +314,7 @@ impl Core {
     /// Closes everything; `done` runs when nothing is left. The kernel's side must be gone already.
     pub fn close_all(self: &Rc<Self>, done: Box<dyn FnOnce()>) {
         *self.closing.borrow_mut() = Some(done);
+        self.give_up_on_room();
         let numbers: Vec<u64> = self.handles.borrow().keys().copied().collect();
         for number in numbers {
             self.release(number);

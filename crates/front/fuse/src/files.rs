@@ -222,8 +222,8 @@ impl File {
         }
     }
 
-    /// Attributes that need no call, under an exclusive lease. Of a file with several names not: one of them may go by a
-    /// path that says nothing of this inode, and the count with it.
+    /// Attributes that need no call, under an exclusive lease. Of a file with several names not: one of them may go by
+    /// a path that says nothing of this inode, and the count with it.
     pub fn known_attr(&self, now: u64) -> Option<Attr> {
         if !self.is_exclusive() {
             return None;

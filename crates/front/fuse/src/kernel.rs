@@ -5,6 +5,7 @@
 use crate::attr::{TTL_NEGATIVE, absent_attr, file_attr, file_type, kind_of_mode, time_or_now};
 use crate::backend::Runner;
 use crate::core::{Core, Done, Stat, with_core};
+use crate::full::Caller;
 use crate::log::Log;
 use crate::ops_file::{Opened, WriteArgs};
 use crate::ops_name::NewNode;
@@ -306,7 +307,7 @@ impl Filesystem for Kernel {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -322,6 +323,7 @@ impl Filesystem for Kernel {
             data: Buf::copy_from(data),
             flags: flags.0,
             from_cache: write_flags.contains(WriteFlags::FUSE_WRITE_CACHE),
+            caller: Caller(request.pid()),
             kill_privileges: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
         };
         self.run(move |core| {
@@ -537,7 +539,7 @@ impl Filesystem for Kernel {
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode_in: INodeNo,
         handle_in: FileHandle,
         offset_in: u64,
@@ -550,12 +552,13 @@ impl Filesystem for Kernel {
     ) {
         let from = CopyEnd { handle: handle_in.0, offset: offset_in };
         let to = CopyEnd { handle: handle_out.0, offset: offset_out };
+        let caller = Caller(request.pid());
         self.run(move |core| {
             let reply = move |result: Result<u32, Errno>| match result {
                 Ok(copied) => reply.written(copied),
                 Err(errno) => reply.error(errno),
             };
-            core.copy_range(from, to, len, Box::new(reply));
+            core.copy_range(from, to, len, caller, Box::new(reply));
         });
     }
 }

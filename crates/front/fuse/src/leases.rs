@@ -74,8 +74,8 @@ impl Core {
         self.clean_pages(file);
     }
 
-    /// Makes the kernel forget pages for which F1 does not hold. Reads under way end under the present lease; where there
-    /// is none, nobody has the file open.
+    /// Makes the kernel forget pages for which F1 does not hold. Reads under way end under the present lease; where
+    /// there is none, nobody has the file open.
     pub(crate) fn clean_pages(self: &Rc<Self>, file: &Rc<File>) {
         if file.pages_valid.get() || file.cleaning.replace(true) {
             return;
@@ -187,7 +187,8 @@ impl Core {
 
     /// Drops the kernel's pages. Reads go on under the old lease meanwhile, because the kernel waits for pages locked
     /// by reads under way. A read answered meanwhile, or still under way now, may fill a page where the kernel has
-    /// already been: so once more. When readers never pause the lease goes regardless, see [`Core::leave_when_drained`].
+    /// already been: so once more. When readers never pause the lease goes regardless, see
+    /// [`Core::leave_when_drained`].
     fn forget_pages(self: &Rc<Self>, file: &Rc<File>, why: Departure, round: u32) {
         let before = file.pages_filled.get();
         let leaving = Rc::clone(file);
@@ -233,8 +234,8 @@ impl Core {
         };
         let Some((volume, why)) = ready else { return };
         if file.has_pages() {
-            // From here on they may be older than the file (F1). They are forgotten under the next lease: now, the kernel
-            // would wait for reads that themselves wait for that lease.
+            // From here on they may be older than the file (F1). They are forgotten under the next lease: now, the
+            // kernel would wait for reads that themselves wait for that lease.
             file.pages_outdated();
         }
         // Whoever opens the volume next from this client may get it without a question to the metadata servers.

@@ -12,6 +12,7 @@ pub mod backend;
 mod client;
 mod core;
 mod files;
+mod full;
 mod io;
 mod kernel;
 mod leases;
@@ -30,7 +31,8 @@ pub use client::ClientRunner;
 pub use mount::{MountError, Mounted, mount_with};
 pub use options::{MountArgs, MountArgsError, MountOptions, parse_mount_args};
 
-/// Mounts the cluster that `client` is connected to. The client ends with the mount.
+/// Mounts the cluster that `client` is connected to. The client ends with the mount. It must have been started with
+/// [`cairn_client::OnNoSpace::Fail`]: where writes wait for room, the mount does the waiting.
 ///
 /// # Errors
 /// [`MountError`] when the log file or the kernel refuses.

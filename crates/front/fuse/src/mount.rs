@@ -88,8 +88,8 @@ pub fn mount_with(runner: Arc<dyn Runner>, options: &MountOptions) -> Result<Mou
         .map_err(|source| MountError::Log { path: options.log_file.clone().unwrap_or_default(), source })?;
     let mount_error = |source| MountError::Mount { mountpoint: options.mountpoint.clone(), source };
     let (notices, notices_received) = mpsc::channel();
-    let (core_log, settings) = (log.clone(), (options.writeback, options.lease_wait_seconds));
-    runner.start(Box::new(move |backend| install(id, Core::new(backend, core_log, settings, notices))));
+    let (core_log, settings) = (log.clone(), options.clone());
+    runner.start(Box::new(move |backend| install(id, Core::new(backend, core_log, &settings, notices))));
     let kernel = Kernel::new(id, Arc::clone(&runner), log.clone(), options.writeback);
     let started = Session::new(kernel, &options.mountpoint, &session_config(options)).and_then(|session| {
         start_notifier(id, Arc::clone(&runner), session.notifier(), notices_received)?;

@@ -22,9 +22,10 @@ pub(crate) struct Space {
 /// The attribute that gives an executable privileges of its own; the kernel asks for it before it writes.
 const CAPABILITY: &[u8] = b"security.capability";
 
-/// Access control lists live in these; they are not kept yet, and keeping them without obeying them would be worse.
-fn is_acl(name: &[u8]) -> bool {
-    name.starts_with(b"system.posix_acl_")
+/// Attributes that are kept have one of these before their name, as on other file systems. Not `system.`: access
+/// control lists live there, and keeping them without obeying them would be worse.
+fn is_kept(name: &[u8]) -> bool {
+    [&b"user."[..], b"trusted.", b"security."].iter().any(|space| name.len() > space.len() && name.starts_with(space))
 }
 
 impl Core {
@@ -183,7 +184,7 @@ impl Core {
 
     /// Value of an extended attribute.
     pub fn getxattr(self: &Rc<Self>, inode: InodeId, name: Vec<u8>, done: Done<Vec<u8>>) {
-        if is_acl(&name) {
+        if !is_kept(&name) {
             return done(Err(Errno::EOPNOTSUPP));
         }
         let file = if name == CAPABILITY { self.file_if_known(inode) } else { None };
@@ -209,7 +210,7 @@ impl Core {
 
     /// Sets an extended attribute; `flags` as `setxattr(2)`.
     pub fn setxattr(self: &Rc<Self>, inode: InodeId, name: Vec<u8>, value: Vec<u8>, flags: i32, done: Done<()>) {
-        if is_acl(&name) {
+        if !is_kept(&name) {
             return done(Err(Errno::EOPNOTSUPP));
         }
         if value.len() > XATTR_VALUE_MAX {
@@ -236,7 +237,7 @@ impl Core {
 
     /// Removes an extended attribute.
     pub fn removexattr(self: &Rc<Self>, inode: InodeId, name: Vec<u8>, done: Done<()>) {
-        if is_acl(&name) {
+        if !is_kept(&name) {
             return done(Err(Errno::EOPNOTSUPP));
         }
         self.call_done(MdsRequest::RemoveXattr { inode, name }, done);

@@ -3,6 +3,7 @@
 use crate::attr::FILE_SIZE_MAX;
 use crate::core::{Core, Done, Handle};
 use crate::files::File;
+use crate::full::Caller;
 use cairn_env::Buf;
 use cairn_env::block::{BlockOp, BlockReply};
 use cairn_types::InodeId;
@@ -28,6 +29,8 @@ pub(crate) struct WriteArgs {
     pub flags: i32,
     /// The page cache writes back: the offset is right even for a file opened to append.
     pub from_cache: bool,
+    /// Who waits for it.
+    pub caller: Caller,
     /// The caller has no right to keep set-user-id and set-group-id bits on files it changes.
     pub kill_privileges: bool,
 }
@@ -157,7 +160,7 @@ impl Core {
         let durable = write.flags & libc::O_DSYNC != 0;
         let op = BlockOp::Write { offset, data: write.data, fua: durable };
         let written = Rc::clone(file);
-        self.io(file, LeaseMode::Exclusive, op, move |core, result| match result {
+        self.io_with_room(file, op, write.caller, move |core, result| match result {
             Ok(_) if durable => core.report(&written, Box::new(move |result| done(result.map(|()| len as u32)))),
             Ok(_) => done(Ok(len as u32)),
             Err(errno) => done(Err(errno)),

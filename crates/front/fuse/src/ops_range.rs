@@ -3,6 +3,7 @@
 use crate::attr::FILE_SIZE_MAX;
 use crate::core::{Core, Done};
 use crate::files::File;
+use crate::full::Caller;
 use crate::pieces::join;
 use cairn_env::Buf;
 use cairn_env::block::{BlockOp, BlockReply, Extent};
@@ -30,6 +31,7 @@ struct Copy {
     from_offset: u64,
     to: Rc<File>,
     to_offset: u64,
+    caller: Caller,
     len: u64,
     copied: u64,
 }
@@ -115,7 +117,7 @@ impl Core {
     }
 
     /// Copies inside the cluster's client: the data never passes through the kernel. May copy less than asked.
-    pub fn copy_range(self: &Rc<Self>, from: CopyEnd, to: CopyEnd, len: u64, done: Done<u32>) {
+    pub fn copy_range(self: &Rc<Self>, from: CopyEnd, to: CopyEnd, len: u64, caller: Caller, done: Done<u32>) {
         let (source, target) = match (self.handle(from.handle), self.handle(to.handle)) {
             (Ok(source), Ok(target)) => (Rc::clone(&source.file), Rc::clone(&target.file)),
             (Err(errno), _) | (_, Err(errno)) => return done(Err(errno)),
@@ -129,6 +131,7 @@ impl Core {
             from_offset: from.offset,
             to: target,
             to_offset: to.offset,
+            caller,
             len: len.min(COPY_MAX),
             copied: 0,
         };
@@ -153,18 +156,36 @@ impl Core {
             }
             let (offset, len) = (copy.to_offset + copy.copied, data.len() as u64);
             let to = Rc::clone(&copy.to);
-            core.io(&to, LeaseMode::Exclusive, BlockOp::Write { offset, data, fua: false }, move |core, result| {
-                match result {
-                    Ok(_) => {
-                        copy.copied += len;
-                        core.copy_step(copy, done);
-                    }
-                    Err(_) if copy.copied > 0 => done(Ok(copy.copied as u32)),
-                    Err(errno) => done(Err(errno)),
+            let op = BlockOp::Write { offset, data, fua: false };
+            let fails_at_once = copy.copied > 0;
+            core.copy_write(&to, op, copy.caller, fails_at_once, move |core, result| match result {
+                Ok(_) => {
+                    copy.copied += len;
+                    core.copy_step(copy, done);
                 }
+                Err(_) if copy.copied > 0 => done(Ok(copy.copied as u32)),
+                Err(errno) => done(Err(errno)),
             });
         };
         self.read_file(&from, offset, left as u32, Box::new(write));
+    }
+}
+
+impl Core {
+    /// Writes what was copied. Only the first piece of a copy waits for room: what was copied before counts.
+    fn copy_write(
+        self: &Rc<Self>,
+        to: &Rc<File>,
+        op: BlockOp,
+        caller: Caller,
+        fails_at_once: bool,
+        then: impl FnOnce(&Rc<Self>, Result<BlockReply, Errno>) + 'static,
+    ) {
+        if fails_at_once {
+            self.io(to, LeaseMode::Exclusive, op, then);
+        } else {
+            self.io_with_room(to, op, caller, then);
+        }
     }
 }
 

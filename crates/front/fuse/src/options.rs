@@ -9,8 +9,7 @@ pub struct MountOptions {
     pub mountpoint: PathBuf,
     /// No changes.
     pub read_only: bool,
-    /// Writes fail with `ENOSPC` when the cluster is full instead of waiting. The client obeys this: whoever starts it
-    /// passes it on as `OnNoSpace::Fail`.
+    /// Writes fail with `ENOSPC` when the cluster is full instead of waiting.
     pub fail_on_no_space: bool,
     /// Where lines for the operator go; standard error when none.
     pub log_file: Option<PathBuf>,

@@ -16,7 +16,7 @@ fn any_request(rng: &mut Rng) -> MdsRequest {
     let cs = CsId(1024 + rng.below(6) as u32);
     let name = vec![b'a' + rng.below(5) as u8];
     let chunk = ChunkId(rng.below(20));
-    match rng.below(30) {
+    match rng.below(31) {
         0 => MdsRequest::SetAttr { inode, set: SetAttr { size: Some(rng.below(1 << 30)), ..SetAttr::default() } },
         1..=3 => MdsRequest::Create {
             parent,
@@ -61,11 +61,12 @@ fn any_request(rng: &mut Rng) -> MdsRequest {
         25 => MdsRequest::ReplicaFailed { volume, epoch, cs, chunks: Vec::new() },
         26 => MdsRequest::ChunkDrop { volume, epoch, index: rng.below(9), count: 3 },
         27 => MdsRequest::CsRemove { cs, force: rng.chance(1, 2), cancel: rng.chance(1, 3) },
+        29 => MdsRequest::ReplicaFull { volume, epoch, cs, chunk },
         28 => MdsRequest::KvPut { key: vec![1 + rng.below(3) as u8], value: vec![2; 9], expected: None },
         _ => MdsRequest::CsHeartbeat {
             cs,
             boot: 1,
-            stats: CsStats { capacity: 1 << 40, ..CsStats::default() },
+            stats: CsStats { capacity: 1 << 40, used: rng.below(1 << 40), ..CsStats::default() },
             done: vec![OrderDone {
                 chunk,
                 version: ChunkVersion(rng.below(5)),

@@ -166,7 +166,6 @@ impl Cluster {
                 copies.remove(&chunk);
                 done(chunk, version, OrderKind::Delete, None)
             }
-            CsOrder::VerifyRate { .. } => unreachable!("the shell adds it, not the state"),
             CsOrder::Rebuild { entry, sources, .. } => {
                 let copy =
                     copies.entry(entry.chunk).or_insert(Copy { version: entry.version, value: 0, rebuilding: true });

@@ -1,6 +1,7 @@
 //! Real mounts on this host over a cluster in memory. They need root and `/dev/fuse`, and say so when they skip.
 
 mod fsx;
+mod full;
 mod mounts;
 mod real;
 mod sharing;

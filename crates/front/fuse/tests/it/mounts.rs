@@ -279,3 +279,23 @@ fn link_counts_follow_every_change_of_a_name() {
     fs::remove_file(&one).expect("unlink");
     assert_eq!(file.metadata().expect("stat").nlink(), 0);
 }
+
+#[test]
+fn times_before_1970_and_names_of_attributes_are_as_elsewhere() {
+    let Some(mount) = TestMount::new(&Cluster::start(15), "") else { return };
+    let path = mount.path().join("f");
+    let file = File::create(&path).expect("create");
+    let time = std::time::UNIX_EPOCH - std::time::Duration::new(86_400 * 400, 250);
+    file.set_times(fs::FileTimes::new().set_modified(time).set_accessed(time)).expect("utimensat");
+    drop(file);
+    let known = fs::metadata(&path).expect("stat");
+    assert_eq!((known.modified().expect("mtime"), known.accessed().expect("atime")), (time, time));
+    if has("setfattr") {
+        let set = |name: &str| {
+            let mut command = Command::new("setfattr");
+            command.args(["-n", name, "-v", "x"]).arg(&path).output().expect("it starts").status.success()
+        };
+        assert!(set("user.a") && set("trusted.a"));
+        assert!(!set("a") && !set("user.") && !set("system.a"));
+    }
+}

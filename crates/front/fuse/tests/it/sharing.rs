@@ -178,3 +178,25 @@ fn pages_outlive_a_lease_only_until_the_next_open() {
     fs::write(b.path().join("f"), vec![2; 50_000]).expect("write there");
     assert!(fs::read(a.path().join("f")).expect("read").iter().all(|&byte| byte == 2));
 }
+
+#[test]
+fn a_mount_that_reads_begins_to_write_without_closing() {
+    let Some((_cluster, a, b)) = two("") else { return };
+    let (here, there) = (a.path().join("f"), b.path().join("f"));
+    fs::write(&here, vec![1; 200_000]).expect("write");
+    // Both have it open for reading, under leases they share, with pages cached.
+    let (reader, other) = (File::open(&here).expect("open"), File::open(&there).expect("open"));
+    let mut all = vec![0; 200_000];
+    for file in [&reader, &other] {
+        file.read_exact_at(&mut all, 0).expect("read");
+    }
+    for value in 2..20 {
+        let writer = OpenOptions::new().write(true).open(&here).expect("the lease becomes exclusive");
+        writer.write_all_at(&vec![value; 200_000], 0).expect("write");
+        reader.read_exact_at(&mut all, 0).expect("read through the older handle");
+        assert!(all.iter().all(|&byte| byte == value));
+        drop(writer);
+        other.read_exact_at(&mut all, 0).expect("read there");
+        assert!(all.iter().all(|&byte| byte == value));
+    }
+}

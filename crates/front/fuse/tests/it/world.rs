@@ -48,6 +48,7 @@ struct World {
     released: tokio::sync::Notify,
     rng: RefCell<Rng>,
     nonce: Cell<u64>,
+    full: Cell<bool>,
     calls: Arc<AtomicU64>,
 }
 
@@ -101,6 +102,17 @@ impl Cluster {
         self.calls.load(Ordering::SeqCst)
     }
 
+    /// From here on there is no room for any write, or there is again.
+    pub fn set_full(&self, full: bool) {
+        let (done, wait) = std::sync::mpsc::channel();
+        let job = move |world: &Rc<World>| {
+            world.full.set(full);
+            done.send(()).expect("somebody waits");
+        };
+        assert!(self.jobs.send(Box::new(job)).is_ok());
+        wait.recv().expect("the cluster lives");
+    }
+
     /// Takes every lease away from whoever holds it, as a takeover after a long silence would.
     pub fn fence_all(&self) {
         let (done, wait) = std::sync::mpsc::channel();
@@ -139,6 +151,7 @@ impl World {
             released: tokio::sync::Notify::new(),
             rng: RefCell::new(Rng::new(seed)),
             nonce: Cell::new(1),
+            full: Cell::new(false),
             calls,
         });
         let first = MdsInfo {
@@ -294,6 +307,7 @@ impl MemVolume {
                 let pieces = [(offset, first), (offset + u64::from(first), len - first)];
                 Ok(BlockReply::Data(pieces.iter().map(|&(offset, len)| content.read(offset, len as usize)).collect()))
             }
+            BlockOp::Write { .. } if self.world.full.get() => Err(BlockError::NoSpace),
             BlockOp::Write { offset, data, .. } => {
                 content.write(offset, &data);
                 Ok(BlockReply::Done)
