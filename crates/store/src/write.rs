@@ -21,6 +21,10 @@ use std::ops::Range;
 const PIECE_BLOCKS_MAX: u32 = 128;
 /// Most blocks of one unmap record: bounds the leaves one group makes dirty.
 const UNMAP_BLOCKS_MAX: u32 = 4096;
+/// A write with so many blocks left is large.
+const LARGE_BLOCKS: u32 = 64;
+/// Groups in flight, beyond what the options say, while the next write is large.
+const LARGE_GROUPS_MORE: usize = 3;
 /// Pages of the chunk tree one change may make dirty: where its record is, and where it moves to.
 const PAGES_PER_CHANGE: u64 = 2;
 /// Settled marks logged with one group.
@@ -396,7 +400,13 @@ impl Engine {
     }
 
     pub(crate) fn form_groups(&mut self, out: &mut StoreOutput) {
-        while self.groups.len() < self.options.groups_in_flight_max.max(1) && !self.fifo.is_empty() {
+        while let Some(next) = self.fifo.front() {
+            // Small writes are better off waiting for one another; large ones fill a group alone, and the disk wants more
+            // of them than that.
+            let more = if next.count - next.formed >= LARGE_BLOCKS { LARGE_GROUPS_MORE } else { 0 };
+            if self.groups.len() >= self.options.groups_in_flight_max.max(1) + more {
+                return;
+            }
             if self.is_opening() || !self.form_group(out) {
                 return;
             }

@@ -71,11 +71,15 @@ fn wait_until_settled() {
     const REST: Duration = Duration::from_secs(2);
     let servers = cpu::servers(&["cs"]);
     let written = || servers.iter().map(|server| cpu::written_bytes(server.pid)).sum::<u64>();
-    let (begun, mut before) = (Instant::now(), u64::MAX);
-    // A renewed lease or a checkpoint is no filling.
-    while begun.elapsed() < PATIENCE && written().saturating_sub(std::mem::replace(&mut before, written())) > 1 << 20 {
+    let begun = Instant::now();
+    loop {
+        let before = written();
         #[expect(clippy::disallowed_methods, reason = "waiting for other processes")]
         std::thread::sleep(REST);
+        // A renewed lease or a checkpoint is no filling.
+        if written() - before < 1 << 20 || begun.elapsed() > PATIENCE {
+            break;
+        }
     }
     eprintln!("the stores are at rest after {:.0} s", begun.elapsed().as_secs_f64());
 }

@@ -123,3 +123,21 @@ impl Volume {
         self.marks.all_durable(durable_lsn)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Habit;
+
+    #[test]
+    fn a_habit_takes_four_rounds_and_the_first_exception_ends_it() {
+        let mut habit = Habit::default();
+        for _ in 0..4 {
+            assert!(!habit.written(), "too early to tell");
+            habit.flushed();
+        }
+        assert!(habit.written());
+        assert!(!habit.written(), "a second write: the guess was wrong");
+        habit.flushed();
+        assert!(!habit.written());
+    }
+}

@@ -17,8 +17,13 @@ fn pattern(len: usize, seed: u64) -> Buf {
 
 #[test]
 fn frames_of_every_size_come_back_whole_and_in_order() {
+    frames_of_every_size(|| Host::server(ReactorOptions::default()));
+    frames_of_every_size(Host::far_server);
+}
+
+fn frames_of_every_size(server: impl FnOnce() -> Host) {
     run(async {
-        let (server, client) = (Host::server(ReactorOptions::default()), Host::client(identity(CLIENT)));
+        let (server, client) = (server(), Host::client(identity(CLIENT)));
         let link = client.link(server.addr).await;
         let sizes = [1, 100, 4096, 5000, 32 << 10, 65_536, 100_000, 1 << 20, 4 << 20, 3, 4096];
         let payloads: Vec<Buf> = sizes.iter().enumerate().map(|(i, size)| pattern(*size, i as u64)).collect();
@@ -42,8 +47,13 @@ fn frames_of_every_size_come_back_whole_and_in_order() {
 
 #[test]
 fn many_links_at_once_keep_to_themselves() {
+    many_links(|| Host::server(ReactorOptions::default()));
+    many_links(Host::far_server);
+}
+
+fn many_links(server: impl FnOnce() -> Host) {
     run(async {
-        let server = Host::server(ReactorOptions::default());
+        let server = server();
         let clients: Vec<Host> = (0..20).map(|_| Host::client(identity(CLIENT))).collect();
         for client in &clients {
             let link = client.link(server.addr).await;

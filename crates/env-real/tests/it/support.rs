@@ -109,12 +109,16 @@ pub fn identity(node: NodeId) -> Identity {
 }
 
 impl Host {
-    pub fn start(identity: Identity, mut options: ReactorOptions, disks: Vec<Disk>, echo: Echo) -> Host {
+    pub fn start(identity: Identity, options: ReactorOptions, disks: Vec<Disk>, echo: Echo) -> Host {
+        Self::start_on("127.0.0.1:0", identity, options, disks, echo)
+    }
+
+    fn start_on(listen: &str, identity: Identity, mut options: ReactorOptions, disks: Vec<Disk>, echo: Echo) -> Host {
         let log = Rc::new(RefCell::new(Vec::new()));
         let sink = Rc::clone(&log);
         options.log = Box::new(move |line| sink.borrow_mut().push(line.to_owned()));
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = listener.local_addr().unwrap();
+        let listener = TcpListener::bind(listen).unwrap();
+        let addr = SocketAddr::from(([127, 0, 0, 1], listener.local_addr().unwrap().port()));
         let config = ReactorConfig { identity, listen: vec![listener], disks, options };
         let reactor = Reactor::start(config, echo).unwrap();
         let turned = Rc::new(Notify::new());
@@ -125,6 +129,12 @@ impl Host {
 
     pub fn server(options: ReactorOptions) -> Host {
         Self::start(identity(SERVER), options, Vec::new(), Echo { is_server: true, ..Echo::default() })
+    }
+
+    /// A server that is reached by TCP, as one on another host: it does not listen on the very address it is reached at.
+    pub fn far_server() -> Host {
+        let echo = Echo { is_server: true, ..Echo::default() };
+        Self::start_on("0.0.0.0:0", identity(SERVER), ReactorOptions::default(), Vec::new(), echo)
     }
 
     pub fn client(identity: Identity) -> Host {

@@ -151,7 +151,6 @@ impl Cluster {
         };
         let copies = &mut self.servers.get_mut(&cs).unwrap().copies;
         match order {
-            CsOrder::VerifyRate { .. } => None,
             CsOrder::Raise { chunk, since, version } => match copies.get_mut(&chunk) {
                 Some(copy) if !copy.rebuilding && since <= copy.version && copy.version <= version => {
                     copy.version = version;

@@ -42,7 +42,7 @@ fn random_request(checked: &mut Checked, rng: &mut Rng, next: &mut u64) -> Store
 pub fn crash_loop(seed: u64, rounds: u32) {
     let mut rng = Rng::new(seed);
     let options = if rng.chance(3, 4) { tight_options() } else { options() };
-    let options = StoreOptions { groups_in_flight_max: 1 + rng.below(4) as usize, ..options };
+    let options = StoreOptions { groups_in_flight_max: 1 + rng.below(7) as usize, ..options };
     let size = (16 + rng.below(3) * 8) << 20;
     let mut world = World::new(size, seed ^ 77, options);
     if rng.chance(1, 3) {
