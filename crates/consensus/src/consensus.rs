@@ -24,9 +24,20 @@ pub struct Consensus {
 
 enum State {
     New,
-    Reading { reader: Reader, applied: u64, nonce: u64 },
+    Reading {
+        reader: Reader,
+        applied: u64,
+        nonce: u64,
+    },
     /// Makes what was read durable: the newest group is written again, then all is flushed (`flushing`).
-    Settling { found: Box<Recovered>, wal: Wal, flushing: bool, io: IoId, applied: u64, nonce: u64 },
+    Settling {
+        found: Box<Recovered>,
+        wal: Wal,
+        flushing: bool,
+        io: IoId,
+        applied: u64,
+        nonce: u64,
+    },
     Open(Box<Node>),
     Closed,
 }

@@ -479,8 +479,9 @@ impl CsCore {
         }
     }
 
-    /// Starts a device flush when somebody waits for one or is about to, or answered writes have been undurable for long
-    /// enough. One runs at a time, so everybody who comes while it runs, and is not covered by it, shares the next.
+    /// Starts a device flush when somebody waits for one or is about to, or answered writes have been undurable for
+    /// long enough. One runs at a time, so everybody who comes while it runs, and is not covered by it, shares the
+    /// next.
     fn flush_if_due(&mut self, now: Now) {
         if self.flush_running || self.failed.is_some() {
             return;

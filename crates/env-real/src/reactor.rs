@@ -383,8 +383,9 @@ impl<P: Process + 'static> Inner<P> {
         self.stop_signal.notify_waiters();
     }
 
-    /// Serves turns for ever. With [`ReactorOptions::spin_us`] it looks for work that long before it sleeps, while three
-    /// in four of the last 32 waits were that short with little to serve, and as long as nobody else wants the core.
+    /// Serves turns for ever. With [`ReactorOptions::spin_us`] it looks for work that long before it sleeps, while
+    /// three in four of the last 32 waits were that short with little to serve, and as long as nobody else wants
+    /// the core.
     async fn run_turns(self: Rc<Self>) {
         let limit = Duration::from_micros(u64::from(self.state.borrow().options.spin_us));
         // A thread that slept was woken late.

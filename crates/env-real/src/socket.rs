@@ -3,9 +3,9 @@
 //! A process that listens on an address listens on a Unix socket in the abstract namespace too, named after that
 //! address; who connects tries that name first. Moving a megabyte through a Unix socket takes less than half of the CPU
 //! it takes through the loopback (`docs/performance.md`). The name exists only on the host (strictly: in the network
-//! namespace) where the address is listened on, so the attempt fails at once everywhere else. The handshake is the same:
-//! a name proves nothing. A stranger who took the name could only keep us waiting, so the peer must run as the same user
-//! or as root; otherwise TCP is used.
+//! namespace) where the address is listened on, so the attempt fails at once everywhere else. The handshake is the
+//! same: a name proves nothing. A stranger who took the name could only keep us waiting, so the peer must run as the
+//! same user or as root; otherwise TCP is used.
 
 //!
 //! The kernel tells a Unix socket's sender whenever the peer has read something. So such a socket is watched for room

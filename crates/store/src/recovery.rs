@@ -6,8 +6,9 @@
 //! lose acknowledged writes silently. To find such marks the rest of the current run and the whole next run, where
 //! further headers must be, are searched.
 //!
-//! The newest superblock and the groups after the flush mark are written again as they were read. They may have been covered by a flush that failed,
-//! and then no later flush makes them durable although they can be read: only writing them again does.
+//! The newest superblock and the groups after the flush mark are written again as they were read. They may have been
+//! covered by a flush that failed, and then no later flush makes them durable although they can be read: only writing
+//! them again does.
 //!
 //! Then the touched leaves are read, the groups replayed through `State::apply`, and an empty group of a new session is
 //! written and flushed. Only then is the store open.

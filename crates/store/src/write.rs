@@ -401,8 +401,8 @@ impl Engine {
 
     pub(crate) fn form_groups(&mut self, out: &mut StoreOutput) {
         while let Some(next) = self.fifo.front() {
-            // Small writes are better off waiting for one another; large ones fill a group alone, and the disk wants more
-            // of them than that.
+            // Small writes are better off waiting for one another; large ones fill a group alone, and the disk wants
+            // more of them than that.
             let more = if next.count - next.formed >= LARGE_BLOCKS { LARGE_GROUPS_MORE } else { 0 };
             if self.groups.len() >= self.options.groups_in_flight_max.max(1) + more {
                 return;

@@ -205,7 +205,8 @@ impl Shadow {
         }
     }
 
-    /// Unflushed data of a volume may be gone: checks the era that ends, begins a new one. Writes in flight go on in the new one.
+    /// Unflushed data of a volume may be gone: checks the era that ends, begins a new one. Writes in flight go on in
+    /// the new one.
     ///
     /// # Errors
     /// Whatever [`Shadow::check`] finds.

@@ -1,8 +1,8 @@
 //! Flushes and settling (rules 5 and 6).
 //!
-//! A flush ends when every write acknowledged before it is durable on all its servers, by the marks they report. A server
-//! that failed is waited for until its chunks are raised without it; one that restarted until it was sent again what it
-//! may have lost.
+//! A flush ends when every write acknowledged before it is durable on all its servers, by the marks they report. A
+//! server that failed is waited for until its chunks are raised without it; one that restarted until it was sent again
+//! what it may have lost.
 
 use super::ops::{Done, Kind};
 use super::{Fence, State, Volume};
@@ -46,8 +46,8 @@ impl Volume {
         self.check_flush(ctx, id);
     }
 
-    /// Asks every server that something acknowledged is not durable on; ends the flush when there is none. What is being
-    /// sent again is waited for.
+    /// Asks every server that something acknowledged is not durable on; ends the flush when there is none. What is
+    /// being sent again is waited for.
     fn check_flush(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let Some(Kind::Flush { waiting, upto }) = self.ops.get(&id).map(|op| &op.kind) else { return };
         let (slots, revived) = self.tracker.undurable(*upto);

@@ -409,8 +409,8 @@ impl Volume {
         }
     }
 
-    /// One server fewer to wait for. Where all answered and some current ones have no such chunk: if none has it, it was
-    /// allocated and never created, so it is created now; otherwise those without it have lost it.
+    /// One server fewer to wait for. Where all answered and some current ones have no such chunk: if none has it, it
+    /// was allocated and never created, so it is created now; otherwise those without it have lost it.
     fn count_prepared(&mut self, ctx: &mut Ctx<'_>, index: u64) {
         let chunk = self.chunk(index);
         chunk.calls -= 1;

@@ -5,9 +5,10 @@
 //! durable mark is the *latest* it reported, not the highest: it falls when a write arrives late, and only the latest
 //! is true of what has been received until now.
 //!
-//! An acknowledged write is *kept*, with its data, until it is settled: when one of its servers restarts, or a copy joins
-//! that may lack it, the write is sent again under its old sequence ([`Tracker::revive`]). So nothing acknowledged is
-//! lost while its client lives, even when every server loses power at once, and a flush keeps its promise.
+//! An acknowledged write is *kept*, with its data, until it is settled: when one of its servers restarts, or a copy
+//! joins that may lack it, the write is sent again under its old sequence ([`Tracker::revive`]). So nothing
+//! acknowledged is lost while its client lives, even when every server loses power at once, and a flush keeps its
+//! promise.
 //!
 //! A server stays in the set of a write until the write is known to stand in a version without it (the chunk was raised
 //! on all others): dropping it earlier would let `S` pass a write that a stale copy lacks and a later resync would not

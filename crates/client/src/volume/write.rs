@@ -171,8 +171,8 @@ impl Volume {
     }
 
     /// Sends acknowledged writes again, under their old sequences. `lost`: the server that restarted, and so needs them
-    /// whatever it answered. Servers that have a write, or a later one of the same blocks, answer without doing anything.
-    /// Answers the chunks concerned, to be driven.
+    /// whatever it answered. Servers that have a write, or a later one of the same blocks, answer without doing
+    /// anything. Answers the chunks concerned, to be driven.
     pub(super) fn revive(&mut self, sequences: Vec<u64>, lost: Option<u16>) -> Vec<u64> {
         let mut chunks = Vec::new();
         for sequence in sequences {
@@ -494,8 +494,8 @@ impl Volume {
             write.targets.iter().any(|target| target.slot == rep.slot && target.version >= rep.since)
         };
         if self.chunks[&index].entry.as_ref().is_some_and(|entry| !entry.reps.iter().all(has)) {
-            // All of an older set have it, and the set in force has a member that lacks it: it goes there as soon as the
-            // chunk is ready in the new version.
+            // All of an older set have it, and the set in force has a member that lacks it: it goes there as soon as
+            // the chunk is ready in the new version.
             return;
         }
         let below = self.chunks[&index].entry.as_ref().is_some_and(Entry::is_below_minimum);

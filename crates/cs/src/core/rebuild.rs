@@ -343,9 +343,10 @@ impl CsCore {
     }
 
     /// No source could give what was asked. If that is because none of them has the chunk, and neither had this server,
-    /// it was allocated and no write to it was ever acknowledged: then the first source creates it, empty and at the present version, and from
-    /// there on it is a source like any other. Taking the absence itself for emptiness would not do: a holder with an
-    /// older map could still create the chunk there and write to it without this copy.
+    /// it was allocated and no write to it was ever acknowledged: then the first source creates it, empty and at the
+    /// present version, and from there on it is a source like any other. Taking the absence itself for emptiness
+    /// would not do: a holder with an older map could still create the chunk there and write to it without this
+    /// copy.
     fn sources_exhausted(&mut self, now: Now, chunk: ChunkId, out: &mut Effects) {
         let version = self.store.chunk(chunk).map(|info| info.version);
         let is_new = self.copies.get(&chunk).is_some_and(|copy| copy.base.is_none());
@@ -564,8 +565,9 @@ impl CsCore {
             set_blocks(&mut self.copies.get_mut(&chunk).expect("found above").fresh, first, count);
             let volume = self.volumes.get_mut(&id).expect("a volume under rebuild is kept");
             volume.writes += 1;
-            // What is unsettled at the source is so here, unless it was settled meanwhile or another holder came: then, and
-            // for all the rest, sequence zero, which is no write of a holder and never part of the unsettled tail.
+            // What is unsettled at the source is so here, unless it was settled meanwhile or another holder came: then,
+            // and for all the rest, sequence zero, which is no write of a holder and never part of the
+            // unsettled tail.
             let settled = (volume.fenced, volume.settled);
             let (epoch, sequence) = tail.filter(|tail| *tail > settled).unwrap_or((volume.fenced, Sequence(0)));
             let request = match &data {

@@ -131,7 +131,8 @@ impl Host {
         Self::start(identity(SERVER), options, Vec::new(), Echo { is_server: true, ..Echo::default() })
     }
 
-    /// A server that is reached by TCP, as one on another host: it does not listen on the very address it is reached at.
+    /// A server that is reached by TCP, as one on another host: it does not listen on the very address it is reached
+    /// at.
     pub fn far_server() -> Host {
         let echo = Echo { is_server: true, ..Echo::default() };
         Self::start_on("0.0.0.0:0", identity(SERVER), ReactorOptions::default(), Vec::new(), echo)
