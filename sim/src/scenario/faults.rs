@@ -9,7 +9,10 @@ use cairn_cs::CsCore;
 use cairn_env_sim::{Fault, OpKind};
 use cairn_stdx::Rng;
 use cairn_types::{BLOCK_SIZE, BLOCK_SIZE_U64, CsId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+
+/// So long after a disk was mended an operation may still be answered with what it did before.
+const ANSWERS_LATE: u64 = 5 * SECOND;
 
 /// What undoes a fault.
 #[derive(Clone, Debug)]
@@ -28,13 +31,13 @@ pub(super) struct Faults {
     rng: Rng,
     restores: BTreeMap<u64, Restore>,
     next_restore: u64,
-    /// Nodes with a disk that fails or has failed.
-    failing: BTreeSet<NodeIndex>,
+    /// Nodes with a disk that fails or has failed, and when it was mended.
+    failing: BTreeMap<NodeIndex, Option<u64>>,
 }
 
 impl Faults {
     pub fn new(rng: Rng) -> Self {
-        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE, failing: BTreeSet::new() }
+        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE, failing: BTreeMap::new() }
     }
 }
 
@@ -169,9 +172,10 @@ impl Scenario {
         let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
         let servers: Vec<NodeIndex> = servers.collect();
         let node = *self.faults.rng.choose(&servers).expect("servers");
-        if !self.cluster.is_running(node) || !self.faults.failing.insert(node) {
+        if !self.cluster.is_running(node) || self.may_give_up(node) {
             return;
         }
+        self.faults.failing.insert(node, None);
         let kind = *self.faults.rng.choose(&[OpKind::Read, OpKind::Write, OpKind::Flush, OpKind::Any]).expect("kinds");
         let fault = Fault::Fail { kind, nth: self.faults.rng.below(40), forever: self.faults.rng.chance(1, 2) };
         self.cluster.world.note(format_args!("the disk of {node:?} fails: {fault:?}"));
@@ -183,7 +187,10 @@ impl Scenario {
 
     /// The disk is sound again; a process that has given up, or serves nothing any more, is started anew.
     fn mend_disk(&mut self, node: NodeIndex) {
-        self.faults.failing.remove(&node);
+        let now = self.now();
+        if let Some(mended) = self.faults.failing.get_mut(&node) {
+            mended.get_or_insert(now);
+        }
         // What it gave up for until now is forgiven.
         self.cluster.world.fatal.retain(|(other, _)| *other != node);
         self.disturb(node);
@@ -205,12 +212,14 @@ impl Scenario {
 
     /// True when a process may give up: its disk fails.
     pub(super) fn may_give_up(&self, node: NodeIndex) -> bool {
-        self.faults.failing.contains(&node)
+        self.faults.failing.get(&node).is_some_and(Option::is_none)
     }
 
     /// True when a chunk of the volume has all its current copies on chunk servers whose disks fail or have failed.
     pub(super) fn is_on_failing_disks(&mut self, volume: usize) -> bool {
-        let failing = |cs: &&super::cluster::CsNode| self.faults.failing.contains(&cs.node);
+        let now = self.now();
+        let counts = |mended: &Option<u64>| mended.is_none_or(|at| now - at < ANSWERS_LATE);
+        let failing = |cs: &&super::cluster::CsNode| self.faults.failing.get(&cs.node).is_some_and(counts);
         let failing: Vec<CsId> = self.cluster.cs.iter().filter(failing).filter_map(|cs| cs.id).collect();
         self.volumes_within(&failing).contains(&volume)
     }

@@ -28,6 +28,7 @@ impl Volume {
             ServerEvent::Lost(_) => self.move_reads(ctx, slot),
             ServerEvent::Up(_, boot) => {
                 let server = self.server_mut(slot);
+                (server.spared_until, server.fail_again) = (None, false);
                 if server.fence == Fence::Yes {
                     server.excused = false;
                     if std::mem::replace(&mut server.boot, boot) != boot {
@@ -101,12 +102,28 @@ impl Volume {
         if self.server(slot).failing {
             return;
         }
+        if self.server(slot).spared_until.is_some_and(|until| ctx.io.now < until) {
+            // It holds the last copy of something, said the metadata servers just now: they are not asked at once again.
+            self.server_mut(slot).fail_again = true;
+            return;
+        }
         let server = self.server_mut(slot);
         server.failing = true;
         let cs = server.cs;
         ctx.log(format!("{cs} failed for {}: asking to go on without it", self.id));
         let request = MdsRequest::ReplicaFailed { volume: self.id, epoch: self.epoch, cs, chunks: Vec::new() };
         ctx.call(request, self.waiter(VolumeCall::Failed { slot, index: None }));
+    }
+
+    /// Time to ask once more about servers that failed and were still needed.
+    pub(super) fn fail_spared(&mut self, ctx: &mut Ctx<'_>) {
+        for slot in self.all_slots() {
+            let server = self.server_mut(slot);
+            if server.fail_again && server.spared_until.is_none_or(|until| ctx.io.now >= until) {
+                server.fail_again = false;
+                self.fail_server(ctx, slot);
+            }
+        }
     }
 
     /// Takes one copy out: it is stale, lost or damaged.
@@ -188,8 +205,10 @@ impl Volume {
     fn go_on_without(&mut self, ctx: &mut Ctx<'_>, slot: u16, mut touched: Vec<u64>) {
         let key = self.key;
         self.give_up_settles(ctx, slot);
+        let until = ctx.io.now + LATER;
         let server = self.server_mut(slot);
         server.failing = false;
+        server.spared_until = Some(until);
         server.excused = true;
         if server.fence == Fence::Asked {
             server.fence = Fence::No;

@@ -78,6 +78,10 @@ struct VolServer {
     /// The metadata servers have been told that it failed; reads and fences need not wait for it.
     excused: bool,
     failing: bool,
+    /// It failed, and stayed in a set: until then nobody is asked to take it out.
+    spared_until: Option<Instant>,
+    /// It failed again meanwhile.
+    fail_again: bool,
     /// Chunks to look at again once it is fenced.
     chunks: Vec<u64>,
     /// The settled mark it was last told.
@@ -351,6 +355,8 @@ impl Volume {
             tail: 0,
             excused: false,
             failing: false,
+            spared_until: None,
+            fail_again: false,
             chunks: Vec::new(),
             told: 0,
         });
@@ -584,16 +590,16 @@ impl Volume {
         self.ticking = false;
         if self.death().is_none() {
             self.settle_if_idle(ctx);
+            self.fail_spared(ctx);
             self.advance(ctx);
             self.pump(ctx);
         }
     }
 
     fn arm_tick(&mut self, ctx: &mut Ctx<'_>) {
-        if !self.ticking
-            && self.state == State::Open
-            && (self.tracker.load().0 > 0 || self.has_marks_to_tell() || !self.throttled.is_empty())
-        {
+        let unsettled = self.tracker.load().0 > 0 || self.has_marks_to_tell() || !self.throttled.is_empty();
+        let failed = self.servers.iter().any(|server| server.fail_again);
+        if !self.ticking && (failed || (unsettled && self.state == State::Open)) {
             self.ticking = true;
             ctx.io.timers.after(ctx.io.now, TICK, Timer::Volume(self.key));
         }

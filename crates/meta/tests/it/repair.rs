@@ -185,6 +185,7 @@ impl Cluster {
                 copy.rebuilding = false;
                 done(entry.chunk, entry.version, OrderKind::Rebuild, None)
             }
+            CsOrder::VerifyRate { .. } => None,
         }
     }
 
