@@ -18,6 +18,8 @@ use cairn_wire::data::{DataOp, DataReply, DataStatus};
 /// Without traffic for this long everything unsettled is flushed and settled.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 const AGAIN_AFTER: Duration = Duration::from_millis(250);
+/// A server that flushed while writes were on their way to it is asked again so soon: whoever is throttled waits for it.
+const AGAIN_SOON: Duration = Duration::from_millis(3);
 
 impl Volume {
     /// A flush of our own.
@@ -86,7 +88,8 @@ impl Volume {
         let Some(Kind::Flush { waiting, upto }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
         if self.tracker.undurable(*upto).0.contains(slot) {
             // It could not, or what it lacks is still on the way to it.
-            ctx.io.timers.after(ctx.io.now, AGAIN_AFTER, Timer::Flush(self.key, id));
+            let after = if reply.status == DataStatus::Ok { AGAIN_SOON } else { AGAIN_AFTER };
+            ctx.io.timers.after(ctx.io.now, after, Timer::Flush(self.key, id));
             return;
         }
         waiting.retain(|other| *other != slot);
