@@ -18,7 +18,7 @@ use cairn_wire::data::{DataOp, DataReply, DataStatus};
 /// Without traffic for this long everything unsettled is flushed and settled.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 const AGAIN_AFTER: Duration = Duration::from_millis(250);
-/// A server that flushed while writes were on their way to it is asked again so soon: whoever is throttled waits for it.
+/// A server that flushed while writes were on their way to it is asked again so soon: throttled writes wait for it.
 const AGAIN_SOON: Duration = Duration::from_millis(3);
 
 impl Volume {
