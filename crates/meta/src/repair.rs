@@ -51,7 +51,7 @@ struct Census {
 }
 
 impl<K: Kv> Meta<K> {
-    fn standing(&self, cs: CsId) -> Standing {
+    pub(crate) fn standing(&self, cs: CsId) -> Standing {
         self.servers.get(&cs).map_or(Standing::Gone, |server| server.standing())
     }
 

@@ -4,10 +4,12 @@ use crate::command::Answer;
 use crate::keys;
 use crate::kv::Kv;
 use crate::placement::{self, Slot, TIER_MAX};
-use crate::record::{Chunk, OrderKindRecord, Presence, Server};
+use crate::record::{Chunk, OrderKindRecord, Presence, Server, Standing};
 use crate::state::{Meta, short};
 use cairn_types::{ChunkId, CsId, format_size};
-use cairn_wire::mds::{ChunkReport, CsState, CsStats, Location, MdsError, MdsReply, OrderDone, OrderKind, Severity};
+use cairn_wire::mds::{
+    ChunkReport, CsState, CsStats, Location, MdsError, MdsReply, OrderDone, OrderKind, ReplicaRole, Severity,
+};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
@@ -196,8 +198,10 @@ impl<K: Kv> Meta<K> {
         if old.replica(cs).is_none() {
             return;
         }
-        let last = old.is_last_current(cs);
-        let fate = if last { "it is the only current copy and stays" } else { "the copy is replaced" };
+        // Another copy that cannot be reached is no replacement.
+        let others = old.replicas.iter().filter(|r| r.role == ReplicaRole::Current && r.cs != cs);
+        let last = !others.map(|r| self.standing(r.cs)).any(|s| matches!(s, Standing::Good | Standing::Leaving));
+        let fate = if last { "it is the only current copy in reach and stays" } else { "the copy is replaced" };
         let text = format!("{cs}: block {block} of {id} ({volume}, index {index}) is damaged; {fate}");
         self.event(if last { Severity::Error } else { Severity::Warning }, "MDS-5001", text);
         if !last {

@@ -77,7 +77,7 @@ impl Mutation {
         matches!(self.change, Change::Delete | Change::SetVersion(_))
     }
 
-    /// Takes space for new data, so that a full store refuses it.
+    /// Takes no space for data: may use the part of the reserve that writes may not.
     fn is_privileged(&self) -> bool {
         !matches!(self.change, Change::Write { .. } | Change::Create(_))
     }
@@ -450,6 +450,11 @@ impl Engine {
                 _ if blocks == 0 => PAGES_PER_CHANGE,
                 _ => PAGES_PER_CHANGE + u64::from((first + blocks - 1) / LEAF_BLOCKS - first / LEAF_BLOCKS + 1),
             };
+            if mutation.formed == 0 && mutation.count > blocks && self.is_too_large(mutation) {
+                // All of it or nothing: a write of which a part is in the log cannot be refused any more.
+                self.refuse_front(StoreError::NoSpace, out, &mut sums);
+                continue;
+            }
             match self.admit(
                 mutation.is_privileged(),
                 1 + sums.blocks + data_slots,
@@ -520,6 +525,19 @@ impl Engine {
         } else {
             sums.finished.push(mutation);
         }
+    }
+
+    /// True when there is no room for a write as a whole, though there may be for its first piece.
+    fn is_too_large(&self, mutation: &Mutation) -> bool {
+        if !matches!(mutation.change, Change::Write { .. }) {
+            return false;
+        }
+        let (first, count) = (mutation.first, mutation.count);
+        let leaves = PAGES_PER_CHANGE + u64::from((first + count - 1) / LEAF_BLOCKS - first / LEAF_BLOCKS + 1);
+        let new_slots = self.new_slots(mutation, first, count);
+        let groups = u64::from(count / LARGE_BLOCKS) + 1;
+        let admission = self.admit(mutation.is_privileged(), groups + u64::from(count), new_slots, leaves);
+        matches!(admission, Admission::Full)
     }
 
     /// Slots a piece adds to what the store occupies.

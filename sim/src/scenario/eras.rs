@@ -107,7 +107,7 @@ impl Scenario {
     }
 
     /// Volumes with a chunk all of whose current replicas are among `servers`.
-    pub(super) fn volumes_within(&mut self, servers: &[CsId]) -> Vec<usize> {
+    fn volumes_within(&mut self, servers: &[CsId]) -> Vec<usize> {
         self.learn_sets();
         let within = |set: &[CsId]| !set.is_empty() && set.iter().all(|cs| servers.contains(cs));
         let mut volumes: Vec<usize> =

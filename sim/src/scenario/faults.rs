@@ -8,7 +8,7 @@ use crate::world::{MS, NodeIndex, SECOND};
 use cairn_cs::CsCore;
 use cairn_env_sim::{Fault, OpKind};
 use cairn_stdx::Rng;
-use cairn_types::{BLOCK_SIZE, BLOCK_SIZE_U64, CsId};
+use cairn_types::{BLOCK_SIZE, BLOCK_SIZE_U64};
 use std::collections::BTreeMap;
 
 /// So long after a disk was mended an operation may still be answered with what it did before.
@@ -188,6 +188,7 @@ impl Scenario {
     /// The disk is sound again; a process that has given up, or serves nothing any more, is started anew.
     fn mend_disk(&mut self, node: NodeIndex) {
         let now = self.now();
+        let was_failing = self.may_give_up(node);
         if let Some(mended) = self.faults.failing.get_mut(&node) {
             mended.get_or_insert(now);
         }
@@ -203,7 +204,8 @@ impl Scenario {
         }
         if let Some(index) = self.cluster.cs.iter().position(|cs| cs.node == node) {
             let failed = self.cluster.world.inspect::<CsCore, _>(node, |core| core.failed().is_some());
-            if failed == Some(true) {
+            // What it could not read it knows as damaged until it is started anew.
+            if failed == Some(true) || (was_failing && self.cluster.is_running(node)) {
                 self.cluster.world.kill(node);
             }
             self.cluster.start_cs(index);
@@ -215,13 +217,11 @@ impl Scenario {
         self.faults.failing.get(&node).is_some_and(Option::is_none)
     }
 
-    /// True when a chunk of the volume has all its current copies on chunk servers whose disks fail or have failed.
-    pub(super) fn is_on_failing_disks(&mut self, volume: usize) -> bool {
+    /// True when a disk fails, or was mended a moment ago, that may have had the last current copy of a chunk in reach.
+    pub(super) fn is_on_failing_disks(&self) -> bool {
         let now = self.now();
         let counts = |mended: &Option<u64>| mended.is_none_or(|at| now - at < ANSWERS_LATE);
-        let failing = |cs: &&super::cluster::CsNode| self.faults.failing.get(&cs.node).is_some_and(counts);
-        let failing: Vec<CsId> = self.cluster.cs.iter().filter(failing).filter_map(|cs| cs.id).collect();
-        self.volumes_within(&failing).contains(&volume)
+        self.cluster.cs.iter().any(|cs| self.faults.failing.get(&cs.node).is_some_and(counts))
     }
 
     /// A bit flips in some block of data of the one chunk server whose disk rots in this run.

@@ -387,7 +387,7 @@ impl Scenario {
                 }
                 return Ok(());
             }
-            Err(BlockError::Damaged { .. }) if self.may_be_unreadable(&kind) => return Ok(()),
+            Err(BlockError::Damaged { .. }) if self.is_on_failing_disks() => return Ok(()),
             Err(error @ BlockError::Damaged { .. }) => {
                 return Err(broken(Invariant::I1, format!("client {client}, {kind:?}: {error}")));
             }
@@ -428,15 +428,6 @@ impl Scenario {
             _ => {}
         }
         Ok(())
-    }
-
-    /// True when all current copies of a chunk of the volume are on disks that fail now: an error is the truth then.
-    fn may_be_unreadable(&mut self, kind: &Kind) -> bool {
-        let (Kind::Read { volume, .. } | Kind::Write { volume, .. } | Kind::CompareAndWrite { volume, .. }) = kind
-        else {
-            return false;
-        };
-        self.is_on_failing_disks(*volume)
     }
 
     /// I18: names are each client's own, so that every call but an interrupted one must succeed, once.

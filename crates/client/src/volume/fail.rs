@@ -43,7 +43,7 @@ impl Volume {
 
     /// The server runs anew: what it had not flushed may be gone, so every unsettled write it had is sent to it again
     /// (rule 7).
-    fn on_restarted(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
+    pub(super) fn on_restarted(&mut self, ctx: &mut Ctx<'_>, slot: u16) {
         // It may have forgotten the settled mark, which is no loss but work for the next holder: tell it again.
         self.server_mut(slot).told = 0;
         self.tracker.restarted(slot);

@@ -114,7 +114,12 @@ impl Volume {
         for id in self.refused(index) {
             let Some(part) = self.parts.get_mut(id) else { continue };
             let Body::Write(write) = &mut part.body else { continue };
-            if part.internal || part.revived {
+            let refused = write.targets.iter().find(|target| target.at == At::Refused).map(|target| target.slot);
+            let taken = write.targets.iter().any(|target| target.at == At::Ok);
+            if let Some(slot) = refused.filter(|_| part.revived && taken) {
+                // It was acknowledged, so the copy without it is stale.
+                self.fail_copy(ctx, slot, index);
+            } else if part.internal || part.revived {
                 self.retry_soon(ctx, id, LATER);
             } else if write.targets.iter().all(|target| target.at == At::Refused) {
                 // Nobody took it, so all still hold what they held.

@@ -4,7 +4,7 @@
 //! - [`map`]: the chunk map cache and the preparation of a chunk (fence, create, raise) before it is used.
 //! - [`write`], [`read`]: one part at the replicas. [`flush`]: durability and settling ([`tracker`]).
 //! - [`explain`]: what it waits for, in words. [`fail`]: replicas that fail, [`full`]: that have no room.
-//! - [`reconcile`]: making replicas equal after a take-over or a restart.
+//! - [`reconcile`]: making replicas equal after a take-over.
 //! - this file: the state, opening and closing.
 
 mod explain;
@@ -394,12 +394,17 @@ impl Volume {
             Ok(CsReply::Fenced { boot, tail, .. }) => {
                 let opening = self.state == State::Fencing;
                 let server = self.server_mut(slot);
+                let restarted = server.boot != 0 && server.boot != boot;
                 server.fence = Fence::Yes;
                 server.boot = boot;
                 server.excused = false;
                 if opening {
                     server.tail = tail;
                 }
+                if restarted {
+                    self.on_restarted(ctx, slot);
+                }
+                let server = self.server_mut(slot);
                 for index in std::mem::take(&mut server.chunks) {
                     self.drive(ctx, index);
                 }

@@ -118,8 +118,10 @@ impl Painting {
     }
 }
 
-/// What must be copied so that the replicas of one chunk agree: per block the highest origin wins.
-fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)]) -> Vec<Copy> {
+/// What must be copied so that the replicas of one chunk agree: per block the highest origin of the current replicas wins.
+/// The first `current` tails are those; the others belong to copies being rebuilt, which took writes that the current
+/// ones may never have got, or lost some. Where only such a copy names a block, what the current ones hold wins.
+fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)], current: usize) -> Vec<Copy> {
     let mut paintings: Vec<(u16, Painting)> = Vec::with_capacity(tails.len());
     let mut bounds = BTreeSet::new();
     for (slot, tail) in tails {
@@ -139,24 +141,22 @@ fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)]) -> Vec<Copy> {
     for pair in bounds.windows(2) {
         let (first, end) = (pair[0], pair[1]);
         let origins: Vec<(u16, Option<Origin>)> = paintings.iter().map(|(slot, p)| (*slot, p.at(first))).collect();
-        let known = origins.iter().filter_map(|(_, origin)| *origin);
+        let known = origins[..current].iter().filter_map(|(_, origin)| *origin);
         let winner = if planted!("tail_merge_takes_lower_epoch") { known.min() } else { known.max() };
-        let Some(winner) = winner else { continue };
-        if origins.iter().all(|(_, origin)| *origin == Some(winner)) {
+        if origins.iter().all(|(_, origin)| *origin == winner) {
             continue;
         }
-        let sources: Vec<u16> = origins.iter().filter(|(_, o)| *o == Some(winner)).map(|(slot, _)| *slot).collect();
+        let unmap = winner.is_some_and(|winner| winner.unmap);
+        let holders = origins[..current].iter().filter(|(_, origin)| *origin == winner);
+        let sources: Vec<u16> = holders.map(|(slot, _)| *slot).collect();
         let mut at = first;
         while at < end {
-            let room = if winner.unmap { u32::MAX } else { DATA_BLOCKS_MAX };
+            let room = if unmap { u32::MAX } else { DATA_BLOCKS_MAX };
             let joins = copies.last().is_some_and(|last| {
-                last.first + last.count == at
-                    && last.unmap == winner.unmap
-                    && last.sources == sources
-                    && last.count < room
+                last.first + last.count == at && last.unmap == unmap && last.sources == sources && last.count < room
             });
             if !joins {
-                copies.push(Copy { index, first: at, count: 0, unmap: winner.unmap, sources: sources.clone() });
+                copies.push(Copy { index, first: at, count: 0, unmap, sources: sources.clone() });
             }
             let last = copies.last_mut().expect("just made");
             let count = (end - at).min(room - last.count);
@@ -363,16 +363,20 @@ impl Volume {
         let mut unasked = BTreeSet::new();
         for (index, name) in &reconcile.chunks {
             let Some(entry) = self.chunks.get(index).and_then(|chunk| chunk.entry.as_ref()) else { continue };
-            // A lone current replica has nobody to differ from.
-            if entry.current().count() > 1 {
-                unasked.extend(entry.current().filter(|slot| !reconcile.tails.contains_key(slot)));
+            // A lone replica has nobody to differ from.
+            if entry.reps.len() > 1 {
+                unasked
+                    .extend(entry.reps.iter().map(|rep| rep.slot).filter(|slot| !reconcile.tails.contains_key(slot)));
             }
             let of = |slot: u16| -> Vec<TailEntry> {
                 let tail = reconcile.tails.get(&slot).into_iter().flatten();
                 tail.filter(|e| e.chunk == *name).copied().collect()
             };
-            let tails: Vec<(u16, Vec<TailEntry>)> = Entry::current(entry).map(|slot| (slot, of(slot))).collect();
-            copies.extend(differences(*index, &tails));
+            let current = entry.current().count();
+            let followers = entry.reps.iter().filter(|rep| !rep.current).map(|rep| rep.slot);
+            let tails: Vec<(u16, Vec<TailEntry>)> =
+                Entry::current(entry).chain(followers).map(|slot| (slot, of(slot))).collect();
+            copies.extend(differences(*index, &tails, current));
         }
         if !unasked.is_empty() {
             // A server came back into a set after the tails were asked for: without its tail nothing is known.
@@ -495,7 +499,7 @@ mod tests {
         #[test]
         fn the_highest_write_of_each_block_is_copied_where_replicas_differ(tails in prop::collection::vec(entries(), 1..4)) {
             let tails: Vec<(u16, Vec<TailEntry>)> = tails.into_iter().enumerate().map(|(i, t)| (i as u16, t)).collect();
-            let copies = differences(7, &tails);
+            let copies = differences(7, &tails, tails.len());
             for block in 0u32..80 {
                 let top = |tail: &[TailEntry]| {
                     let over = |e: &&TailEntry| (e.first_block..e.first_block + e.block_count).contains(&block);
@@ -519,5 +523,26 @@ mod tests {
             }
             prop_assert!(copies.iter().all(|c| c.unmap || c.count <= DATA_BLOCKS_MAX));
         }
+    }
+
+    #[test]
+    fn a_copy_being_rebuilt_follows_the_current_ones() {
+        let entry = |first_block, sequence| TailEntry {
+            chunk: ChunkId(1),
+            first_block,
+            block_count: 1,
+            epoch: Epoch(1),
+            sequence: Sequence(sequence),
+            unmap: false,
+        };
+        // Block 3: a write only the follower took. Block 5: a later write it lost. Block 7: all alike.
+        let tails = [
+            (0, vec![entry(5, 8), entry(7, 9)]),
+            (1, vec![entry(5, 8), entry(7, 9)]),
+            (2, vec![entry(3, 7), entry(5, 2), entry(7, 9)]),
+        ];
+        let copies = differences(0, &tails, 2);
+        let found: Vec<(u32, u32, &[u16])> = copies.iter().map(|c| (c.first, c.count, &c.sources[..])).collect();
+        assert_eq!(found, [(3, 1, &[0, 1][..]), (5, 1, &[0, 1][..])]);
     }
 }

@@ -179,6 +179,7 @@ impl Volume {
             let Some(mut part) = self.tracker.revive(sequence) else { continue };
             let Body::Write(write) = &mut part.body else { unreachable!("only writes are kept") };
             write.targets.iter_mut().filter(|t| Some(t.slot) == lost).for_each(|target| target.at = At::Unsent);
+            write.refused_since = None;
             part.revived = true;
             part.internal = false;
             let chunk = self.chunk(part.index);
@@ -565,6 +566,8 @@ impl Volume {
             let mut forget = planted!("forget_replica_in_version_change");
             for rep in &entry.reps {
                 if !write.targets.iter().any(|target| target.slot == rep.slot) {
+                    // A new member gets its own time to begin.
+                    write.refused_since = None;
                     let at = if std::mem::take(&mut forget) { At::Ok } else { At::Unsent };
                     write.targets.push(Target { at, ..Target::unsent(rep.slot) });
                 }

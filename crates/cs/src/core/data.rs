@@ -236,6 +236,10 @@ impl CsCore {
                     && write.first_block < run.0 + run.1
                     && run.0 < write.first_block + write.block_count
             }
+            // What a rebuild copies may carry the mark of a later write.
+            Pending::Repair { chunk: copied, first_block, block_count, .. } => {
+                *copied == chunk && *first_block < run.0 + run.1 && run.0 < first_block + block_count
+            }
             _ => false,
         })
     }
@@ -251,7 +255,13 @@ impl CsCore {
 
     fn answer_duplicate(&mut self, caller: Caller, id: VolumeId, sequence: Sequence, durable: bool, out: &mut Effects) {
         let volume = self.volumes.get_mut(&id).expect("judged by the caller");
-        volume.marks.repeated(sequence);
+        if volume.marks.is_clean(self.durable_lsn) {
+            volume.marks.repeated(sequence);
+        } else {
+            // Its blocks may stand under a later write that is not durable yet.
+            volume.marks.submitted(sequence);
+            volume.marks.done(sequence, self.answered_lsn);
+        }
         if durable && volume.marks.is_undurable(sequence, self.durable_lsn) {
             self.flush_waiters.push(FlushWaiter { caller, volume: id });
         } else {

@@ -40,6 +40,9 @@ pub trait Volume {
     /// Tells the volume that the file now ends here, so that it forgets what it knew of chunks past the end.
     fn set_size(&self, size: u64);
 
+    /// The mode of the lease, which may be more than was asked for.
+    fn mode(&self) -> LeaseMode;
+
     /// Starts an operation; `done` is called exactly once, perhaps before this returns.
     fn submit(&self, op: BlockOp, done: BlockDone);
 

@@ -60,6 +60,10 @@ impl Volume for ClientVolume {
         self.0.set_size(size);
     }
 
+    fn mode(&self) -> LeaseMode {
+        if BlockDevice::read_only(&self.0) { LeaseMode::Shared } else { LeaseMode::Exclusive }
+    }
+
     fn submit(&self, op: BlockOp, done: BlockDone) {
         BlockDevice::submit(&self.0, op, done);
     }

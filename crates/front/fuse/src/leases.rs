@@ -1,4 +1,4 @@
-//! How the lease of an open file comes and goes; the states and the invariants F1 to F3 stand in [`crate::files`].
+//! How the lease of an open file comes and goes; the states and the invariants F1 to F4 stand in [`crate::files`].
 
 use crate::attr::open_errno;
 use crate::backend::{OpenFailure, Volume};
@@ -146,6 +146,8 @@ impl Core {
         self.opening.borrow_mut().remove(&file.inode);
         let failed = match result {
             Ok(volume) => {
+                // A volume that its last holder left unclean is granted exclusively, whatever was asked for.
+                let mode = if volume.mode() == LeaseMode::Exclusive { LeaseMode::Exclusive } else { mode };
                 self.hold(file, volume, mode);
                 None
             }

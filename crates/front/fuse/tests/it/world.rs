@@ -69,6 +69,7 @@ struct MemVolume {
     id: VolumeId,
     epoch: Epoch,
     size: Cell<u64>,
+    mode: LeaseMode,
     recall: RefCell<Option<RecallHook>>,
 }
 
@@ -288,6 +289,7 @@ impl MemVolume {
             id: grant.volume,
             epoch: grant.epoch,
             size: Cell::new(grant.size),
+            mode: grant.mode,
             recall: RefCell::new(None),
         });
         session.volumes.borrow_mut().insert(grant.volume, Rc::downgrade(&volume));
@@ -330,6 +332,10 @@ impl MemVolume {
 }
 
 impl Volume for MemVolume {
+    fn mode(&self) -> LeaseMode {
+        self.mode
+    }
+
     fn size(&self) -> u64 {
         self.size.get()
     }
