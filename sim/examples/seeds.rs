@@ -1,5 +1,5 @@
 //! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, or `seeds planted
-//! NAME`. Prints every broken seed, then what was found how often.
+//! NAME [SEEDS_MAX]`. Prints every broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ fn main() {
     let plain: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
     if plain.first().is_some_and(|word| *word == "planted") {
         let name = plain.get(1).map_or("all", |name| name.as_str());
-        match cairn_sim::planted::prove(name) {
+        match cairn_sim::planted::prove(name, plain.get(2).and_then(|word| word.parse().ok())) {
             Ok(missed) => std::process::exit(i32::from(missed)),
             Err(why) => panic!("{why}"),
         }

@@ -78,10 +78,11 @@ impl Consensus {
                             // What was read may lie in a volatile cache; nothing relies on it before a flush. And the
                             // flush of the newest group may have failed: then only writing it again makes it durable.
                             let newest = std::mem::take(&mut found.newest);
-                            let request = wal.again(newest);
+                            let flushing = planted!("raft_recovered_not_rewritten");
+                            let request = if flushing { wal.barrier() } else { wal.again(newest) };
                             let io = request.io;
                             out.disk.push(request);
-                            State::Settling { found: Box::new(found), wal, flushing: false, io, applied, nonce }
+                            State::Settling { found: Box::new(found), wal, flushing, io, applied, nonce }
                         }
                         Err(error) => closed(out, error),
                     },

@@ -7,7 +7,7 @@
 
 use super::zone::{self, BlockOp};
 use crate::stamp::Stamp;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What is checked, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,6 +79,8 @@ struct OpRecord {
     write: bool,
     start: u64,
     end: u64,
+    /// A write can have taken effect until here: then the volume had another holder, and this one was fenced (I5).
+    latest: u64,
     /// The era it began in: a read that was under way when an era ended may have seen what is gone since.
     era: u64,
 }
@@ -116,6 +118,7 @@ impl Shadow {
             write: true,
             start: now,
             end: u64::MAX,
+            latest: u64::MAX,
             era: self.era(volume),
         })
     }
@@ -123,12 +126,14 @@ impl Shadow {
     /// A read was submitted.
     pub fn read_submitted(&mut self, now: u64, volume: u64, first_block: u64) -> OpId {
         let era = self.era(volume);
-        self.record(OpRecord { volume, first_block, values: Vec::new(), write: false, start: now, end: u64::MAX, era })
+        let (end, latest) = (u64::MAX, u64::MAX);
+        self.record(OpRecord { volume, first_block, values: Vec::new(), write: false, start: now, end, latest, era })
     }
 
     /// A compare-and-write that succeeded saw these values.
     pub fn observed(&mut self, start: u64, end: u64, volume: u64, first_block: u64, values: Vec<u64>) {
-        self.record(OpRecord { volume, first_block, values, write: false, start, end, era: self.era(volume) });
+        let (latest, era) = (u64::MAX, self.era(volume));
+        self.record(OpRecord { volume, first_block, values, write: false, start, end, latest, era });
     }
 
     fn era(&self, volume: u64) -> u64 {
@@ -245,23 +250,49 @@ impl Shadow {
     /// # Errors
     /// The first block whose history cannot be.
     pub fn check(&self) -> Result<(), Broken> {
-        let mut histories: BTreeMap<BlockKey, Vec<BlockOp>> = BTreeMap::new();
+        let mut histories: BTreeMap<BlockKey, Vec<(BlockOp, u64)>> = BTreeMap::new();
         for op in self.ops.values().filter(|op| op.write || (op.end != u64::MAX && op.era == self.era(op.volume))) {
             for (key, block) in op.blocks() {
-                histories.entry(key).or_default().push(block);
+                histories.entry(key).or_default().push((block, op.latest));
             }
         }
         let zero = vec![0];
         for (key, ops) in &histories {
             let known = self.blocks.get(key).map(|state| &state.candidates);
             let allowed = known.filter(|candidates| !candidates.is_empty()).unwrap_or(&zero);
-            check_block(ops, allowed).map_err(|(invariant, why)| Broken {
+            let plain: Vec<BlockOp> = ops.iter().map(|(op, _)| *op).collect();
+            check_block(&plain, allowed).map_err(|(invariant, why)| Broken {
                 invariant,
-                detail: format!("{key:?}: {why}\nhistory: {ops:?}"),
+                detail: format!("{key:?}: {why}\nhistory: {plain:?}"),
             })?;
+            if ops.iter().any(|(op, latest)| *latest < op.end) {
+                let fenced = fenced(ops);
+                check_block(&fenced, allowed).map_err(|(_, why)| Broken {
+                    invariant: Invariant::I5,
+                    detail: format!(
+                        "{key:?}: a write took effect after its holder was fenced: {why}\nhistory: {ops:?}"
+                    ),
+                })?;
+            }
         }
         Ok(())
     }
+
+    /// Another client holds `volume` now: writes without an answer, but for `its`, have taken effect or never will (I5).
+    pub fn taken_over(&mut self, now: u64, volume: u64, its: &[OpId]) {
+        let unanswered = |op: &OpRecord| op.write && op.volume == volume && op.end == u64::MAX && op.latest == u64::MAX;
+        let fenced = self.ops.iter_mut().filter(|(id, op)| unanswered(op) && !its.contains(id));
+        fenced.for_each(|(_, op)| op.latest = now);
+    }
+}
+
+/// The history with every write that surely happened ending where its holder was fenced: it was answered, or read. Zeros
+/// do not tell which write they come from, so unanswered ones stay as they are.
+fn fenced(ops: &[(BlockOp, u64)]) -> Vec<BlockOp> {
+    let read: BTreeSet<u64> = ops.iter().filter(|(op, _)| !op.write).map(|(op, _)| op.value).collect();
+    let happened = |op: &BlockOp| op.end != u64::MAX || (op.value != 0 && read.contains(&op.value));
+    let end = |op: &BlockOp, latest: u64| if op.write && happened(op) { op.end.min(latest) } else { op.end };
+    ops.iter().map(|(op, latest)| BlockOp { end: end(op, *latest), ..*op }).collect()
 }
 
 /// Judges the history of one block that began with one of `allowed`.
@@ -348,6 +379,21 @@ mod tests {
         let r = shadow.read_submitted(8, 5, 0);
         shadow.read_answered(9, r, &bytes(5, 0, 12), BLOCK_SIZE).unwrap();
         assert_eq!(shadow.check().unwrap_err().invariant, Invariant::I3, "it may be either, but not change");
+    }
+
+    #[test]
+    fn a_write_that_shows_after_its_holder_was_fenced_breaks_i5() {
+        let history = |fenced_at: u64| {
+            let mut shadow = Shadow::default();
+            let _late = shadow.write_submitted(1, 5, 0, vec![11]);
+            shadow.taken_over(fenced_at, 5, &[]);
+            let mine = shadow.write_submitted(20, 5, 0, vec![12]);
+            shadow.write_acknowledged(21, mine);
+            let r = shadow.read_submitted(22, 5, 0);
+            shadow.read_answered(23, r, &bytes(5, 0, 11), BLOCK_SIZE).unwrap();
+            shadow.check().map_err(|broken| broken.invariant)
+        };
+        assert_eq!((history(10), history(22)), (Err(Invariant::I5), Ok(())));
     }
 
     #[test]

@@ -76,11 +76,7 @@ impl Scenario {
             }
             FaultKind::KillClient => {
                 let index = self.faults.rng.below(self.cluster.clients.len() as u64) as usize;
-                if self.cluster.is_running(self.cluster.clients[index]) {
-                    self.cluster.world.kill(self.cluster.clients[index]);
-                    self.client_died(index)?;
-                    self.later(Restore::StartClient(index));
-                }
+                self.kill_client(index)?;
             }
             FaultKind::CutCs => {
                 let mut all: Vec<usize> = (0..self.cluster.cs.len()).collect();
@@ -130,6 +126,8 @@ impl Scenario {
             }
             FaultKind::DiskFails => self.fail_disk(),
             FaultKind::Rot => self.rot(),
+            FaultKind::CutHost => self.cut_host()?,
+            FaultKind::Island => self.isolate_host(),
         }
         Ok(())
     }
@@ -267,12 +265,50 @@ impl Scenario {
                 }
             }
         }
+        let longest = *self.faults.rng.choose(&[SECOND, 6 * SECOND, 25 * SECOND]).expect("not empty");
+        let after = self.faults.rng.range(10 * MS, longest);
+        self.block(paths, after);
+    }
+
+    fn block(&mut self, paths: Vec<(NodeIndex, NodeIndex)>, for_ns: u64) {
         for &(from, to) in &paths {
             self.cluster.world.set_blocked(from, to, true);
         }
-        let longest = *self.faults.rng.choose(&[SECOND, 6 * SECOND, 25 * SECOND]).expect("not empty");
-        let after = self.faults.rng.range(10 * MS, longest);
-        self.restore_after(after, Restore::Unblock(paths));
+        self.restore_after(for_ns, Restore::Unblock(paths));
+    }
+
+    fn kill_client(&mut self, index: usize) -> Verdict {
+        if self.cluster.is_running(self.cluster.clients[index]) {
+            self.cluster.world.kill(self.cluster.clients[index]);
+            self.client_died(index)?;
+            self.later(Restore::StartClient(index));
+        }
+        Ok(())
+    }
+
+    /// A client and a chunk server, as if they ran on one host.
+    fn draw_host(&mut self) -> (usize, usize) {
+        let client = self.faults.rng.below(self.plan.shape.clients as u64) as usize;
+        (client, self.faults.rng.below(self.cluster.cs.len() as u64) as usize)
+    }
+
+    fn cut_host(&mut self) -> Verdict {
+        let (client, cs) = self.draw_host();
+        self.cut_power(&[cs])?;
+        self.kill_client(client)
+    }
+
+    /// Cuts a client and a chunk server off from all others, until others could take the volumes over; one at a time.
+    fn isolate_host(&mut self) {
+        if self.faults.restores.values().any(|restore| matches!(restore, Restore::Unblock(_))) {
+            return;
+        }
+        let (client, cs) = self.draw_host();
+        let island = [self.cluster.clients[client], self.cluster.cs[cs].node];
+        let rest = self.cluster.all_nodes().into_iter().filter(|node| !island.contains(node));
+        let paths = rest.flat_map(|there| island.into_iter().flat_map(move |here| [(here, there), (there, here)]));
+        let (paths, for_ns) = (paths.collect(), self.faults.rng.range(15 * SECOND, 40 * SECOND));
+        self.block(paths, for_ns);
     }
 
     fn cut_mds(&mut self, index: usize) {

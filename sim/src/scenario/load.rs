@@ -361,6 +361,7 @@ impl Scenario {
         load.holds[volume] = match result {
             Ok(handle) => {
                 load.holds[volume] = Hold::Open(handle);
+                self.took_over(client, volume);
                 return self.holder_came(client, volume);
             }
             Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
@@ -372,6 +373,16 @@ impl Scenario {
             }
         };
         Ok(())
+    }
+
+    /// I5: from now on nothing shows that earlier holders had under way.
+    fn took_over(&mut self, client: usize, volume: usize) {
+        let (now, id) = (self.now(), self.volumes[volume].info.volume.0);
+        let its = self.pending.values().filter(|op| op.client == client).filter_map(|op| match op.kind {
+            Kind::Write { op, .. } | Kind::CompareAndWrite { op, .. } => Some(op),
+            _ => None,
+        });
+        self.shadow.taken_over(now, id, &its.collect::<Vec<_>>());
     }
 
     fn on_block(&mut self, client: usize, since: u64, kind: Kind, result: BlockResult) -> Verdict {

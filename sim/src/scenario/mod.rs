@@ -26,6 +26,7 @@ use eras::Eras;
 use faults::Faults;
 use load::{Load, Pending};
 use plan::Plan;
+pub(crate) use plan::{SEEDS_CUT_HOST, SEEDS_ISLAND, SEEDS_OF};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -89,7 +90,7 @@ pub(crate) struct Scenario {
 impl Scenario {
     pub fn new(seed: u64, options: &Options) -> Self {
         let rng = Rng::new(seed);
-        let plan = Plan::draw(&mut rng.split(11), options.faultless);
+        let plan = Plan::draw(seed, &mut rng.split(11), options.faultless);
         let mut cluster = Cluster::new(seed, plan.shape.clone(), rng.split(12));
         cluster.world.verbose = options.verbose;
         cluster.world.frames = options.frames;

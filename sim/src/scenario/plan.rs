@@ -24,7 +24,17 @@ pub(super) enum FaultKind {
     DiskFails,
     /// Bits rot in blocks of data of one chunk server.
     Rot,
+    /// A host with a client and a chunk server on it loses power: who wrote and one who has it are gone at once.
+    CutHost,
+    /// A host with a client and a chunk server on it is cut off from all others, longer than a lease.
+    Island,
 }
+
+/// Seeds with this remainder have hosts that lose power, or islands. No draw decides it, so that the seeds of the
+/// regression list, none of which has such a remainder, stay what they were.
+pub(crate) const SEEDS_OF: u64 = 9;
+pub(crate) const SEEDS_CUT_HOST: u64 = 4;
+pub(crate) const SEEDS_ISLAND: u64 = 1;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -80,7 +90,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub fn draw(rng: &mut Rng, faultless: bool) -> Self {
+    pub fn draw(seed: u64, rng: &mut Rng, faultless: bool) -> Self {
         let mds = *rng.choose(&[1, 1, 3, 3, 3, 5]).expect("not empty");
         let cs = rng.range(3, 6) as usize;
         let mut shape = Shape {
@@ -111,7 +121,7 @@ impl Plan {
                 volume.replicas = volume.replicas.max(2);
             }
         }
-        Self {
+        let mut plan = Self {
             shape,
             volumes,
             faults,
@@ -122,6 +132,27 @@ impl Plan {
             in_flight_max: rng.range(1, 9) as usize,
             offline_after: rng.chance(1, 3).then_some(10),
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
+        };
+        let of_hosts = match seed % SEEDS_OF {
+            SEEDS_CUT_HOST => Some(FaultKind::CutHost),
+            SEEDS_ISLAND => Some(FaultKind::Island),
+            _ => None,
+        };
+        if let Some(kind) = of_hosts.filter(|_| !faultless && !plan.faults.contains(&FaultKind::Rot)) {
+            plan.draw_hosts(kind, rng);
+        }
+        plan
+    }
+
+    /// Hosts that run a client and a chunk server fail as a whole; few other faults, so that what they leave is not
+    /// forgiven, and more than one copy, so that something is left.
+    fn draw_hosts(&mut self, kind: FaultKind, rng: &mut Rng) {
+        self.faults.truncate(rng.below(2) as usize);
+        self.faults.push(kind);
+        self.volumes.iter_mut().for_each(|volume| volume.replicas = volume.replicas.max(2));
+        if kind == FaultKind::Island {
+            self.volumes.iter_mut().for_each(|volume| volume.minimum = 1);
+            self.chaos_ns = rng.range(40 * SECOND, 70 * SECOND);
         }
     }
 

@@ -39,7 +39,7 @@ pub struct SimArgs {
 /// Runs the verb.
 pub fn run(args: &SimArgs) -> Result<i32> {
     if let Some(name) = &args.planted {
-        return cairn_sim::planted::prove(name).map_err(anyhow::Error::msg).map(i32::from);
+        return cairn_sim::planted::prove(name, None).map_err(anyhow::Error::msg).map(i32::from);
     }
     if let Some(seed) = args.seed {
         let outcome = cairn_sim::run::run(

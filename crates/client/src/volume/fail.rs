@@ -7,6 +7,7 @@
 use super::{Fence, Volume, VolumeCall};
 use crate::io::Ctx;
 use crate::servers::{CallFor, Owner, ServerEvent};
+use cairn_stdx::planted;
 use cairn_types::Duration;
 use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 use std::collections::BTreeSet;
@@ -48,6 +49,10 @@ impl Volume {
         self.server_mut(slot).told = 0;
         self.tracker.restarted(slot);
         let mut chunks = self.forget_answers(slot);
+        if planted!("restart_not_sent_again") {
+            // The mistake: what the other replicas have is taken for enough.
+            self.chunks.keys().for_each(|index| self.tracker.retarget(*index, |other| other != slot));
+        }
         let kept = self.tracker.kept_on(slot);
         if !kept.is_empty() {
             let cs = self.server(slot).cs;

@@ -494,7 +494,8 @@ impl Volume {
         let has = |rep: &super::map::Rep| {
             write.targets.iter().any(|target| target.slot == rep.slot && target.version >= rep.since)
         };
-        if self.chunks[&index].entry.as_ref().is_some_and(|entry| !entry.reps.iter().all(has)) {
+        let lacks = |entry: &Entry| !entry.reps.iter().all(has) && !planted!("older_set_acknowledges");
+        if self.chunks[&index].entry.as_ref().is_some_and(lacks) {
             // All of an older set have it, and the set in force has a member that lacks it: it goes there as soon as
             // the chunk is ready in the new version.
             return;
