@@ -1,5 +1,5 @@
-//! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, or `seeds planted
-//! NAME [SEEDS_MAX]`. Prints every broken seed, then what was found how often.
+//! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, with a planted bug
+//! when `CAIRN_PLANT` names one, or `seeds planted NAME [SEEDS_MAX]`. Prints every broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};
 use std::collections::BTreeMap;
@@ -19,6 +19,10 @@ fn main() {
     let number = |at: usize| plain.get(at).and_then(|word| word.parse::<u64>().ok());
     let (first, count) = (number(0).unwrap_or(1), number(1).unwrap_or(1));
     let options = Options { verbose: flag("--trace"), frames: flag("--frames"), faultless: flag("--faultless") };
+    if let Ok(name) = std::env::var("CAIRN_PLANT") {
+        let known = cairn_sim::planted::PLANTED.iter().find(|bug| bug.name == name).expect("a planted bug of the list");
+        cairn_stdx::planted::activate(Some(known.name));
+    }
     let begun = std::time::Instant::now();
     let mut found: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let (mut virtual_ns, mut steps) = (0u64, 0u64);

@@ -33,11 +33,13 @@ pub(super) struct Faults {
     next_restore: u64,
     /// Nodes with a disk that fails or has failed, and when it was mended.
     failing: BTreeMap<NodeIndex, Option<u64>>,
+    /// The client on an island.
+    isolated: Option<usize>,
 }
 
 impl Faults {
     pub fn new(rng: Rng) -> Self {
-        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE, failing: BTreeMap::new() }
+        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE, failing: BTreeMap::new(), isolated: None }
     }
 }
 
@@ -151,6 +153,7 @@ impl Scenario {
             Some(Restore::StartCs(index)) => self.cluster.start_cs(index),
             Some(Restore::StartClient(index)) => self.cluster.start_client(index),
             Some(Restore::Unblock(paths)) => {
+                self.faults.isolated = None;
                 for (from, to) in paths {
                     self.cluster.world.set_blocked(from, to, false);
                 }
@@ -294,8 +297,17 @@ impl Scenario {
 
     fn cut_host(&mut self) -> Verdict {
         let (client, cs) = self.draw_host();
-        self.cut_power(&[cs])?;
+        // At times the whole rack.
+        let rack = self.faults.rng.chance(1, 4);
+        let which = if rack { (0..self.cluster.cs.len()).collect() } else { vec![cs] };
+        self.cut_power(&which)?;
         self.kill_client(client)
+    }
+
+    /// True when the client is on an island: it only reads then, because writes end its load within a moment, and what it
+    /// reads after others took its volumes over is what matters.
+    pub(super) fn is_isolated(&self, client: usize) -> bool {
+        self.faults.isolated == Some(client)
     }
 
     /// Cuts a client and a chunk server off from all others, until others could take the volumes over; one at a time.
@@ -304,6 +316,7 @@ impl Scenario {
             return;
         }
         let (client, cs) = self.draw_host();
+        self.faults.isolated = Some(client);
         let island = [self.cluster.clients[client], self.cluster.cs[cs].node];
         let rest = self.cluster.all_nodes().into_iter().filter(|node| !island.contains(node));
         let paths = rest.flat_map(|there| island.into_iter().flat_map(move |here| [(here, there), (there, here)]));
