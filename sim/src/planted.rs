@@ -3,7 +3,7 @@
 
 use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
-use crate::scenario::{SEEDS_CUT_HOST, SEEDS_ISLAND, SEEDS_OF};
+use crate::scenario::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF};
 use cairn_stdx::planted;
 
 /// A planted bug that this world can reach.
@@ -27,6 +27,11 @@ const fn in_cut_hosts(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_CUT_HOST, SEEDS_OF), ..bug }
 }
 
+/// Looked for in seeds where flushes fail, and power is cut later.
+const fn with_failing_flushes(bug: Planted) -> Planted {
+    Planted { seeds: (SEEDS_FLUSH_FAILS, SEEDS_OF), ..bug }
+}
+
 /// Looked for in seeds where a client and a chunk server are cut off together.
 const fn on_islands(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_ISLAND, SEEDS_OF), ..bug }
@@ -34,49 +39,39 @@ const fn on_islands(bug: Planted) -> Planted {
 
 /// The planted bugs.
 pub const PLANTED: &[Planted] = &[
-    bug("acknowledge_before_all_replicas", Invariant::I3, 2_000),
-    bug("forget_replica_in_version_change", Invariant::I3, 2_000),
-    bug("older_set_acknowledges", Invariant::I3, 2_000),
-    bug("restart_not_sent_again", Invariant::I3, 2_000),
-    in_cut_hosts(bug("flush_ignores_marks", Invariant::I1, 2_000)),
-    bug("sequence_reused_after_reopen", Invariant::I3, 2_000),
-    bug("release_before_drain", Invariant::I3, 2_000),
-    in_cut_hosts(bug("tail_merge_takes_lower_epoch", Invariant::I3, 2_000)),
-    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, 2_000)),
-    bug("cs_rebuilt_before_last_block", Invariant::I3, 2_000),
-    in_cut_hosts(bug("cs_rebuilt_without_tail", Invariant::I3, 2_000)),
-    bug("cs_source_may_be_stale", Invariant::I3, 2_000),
-    bug("cs_rebuild_loses_new_writes", Invariant::I3, 2_000),
-    bug("cs_late_write_overtakes", Invariant::I3, 2_000),
-    bug("cs_mark_counts_undurable", Invariant::I1, 2_000),
-    bug("cs_duplicate_uncounted", Invariant::I17, 2_000),
-    on_islands(bug("cs_skip_epoch_check_on_unmap", Invariant::I5, 2_000)),
-    on_islands(bug("cs_epoch_compared_loosely", Invariant::I5, 2_000)),
-    bug("cs_old_link_still_served", Invariant::I5, 2_000),
-    on_islands(bug("cs_epoch_only_in_memory", Invariant::I5, 2_000)),
-    in_cut_hosts(bug("cs_tail_forgotten_not_fetched", Invariant::I8, 2_000)),
-    bug("replica_forgotten_in_version_change", Invariant::I8, 2_000),
-    bug("stale_copy_rejoins_as_current", Invariant::I3, 2_000),
-    on_islands(bug("epoch_not_raised_on_regrant", Invariant::I5, 2_000)),
-    bug("chunk_counts_drift", Invariant::Accounting, 2_000),
-    bug("rename_retry_executes_again", Invariant::I18, 2_000),
-    bug("raft_ack_before_sync", Invariant::I11, 2_000),
-    bug("raft_apply_before_commit", Invariant::I11, 2_000),
-    bug("raft_forget_vote", Invariant::I11, 2_000),
-    bug("raft_read_without_round", Invariant::I3, 2_000),
-    bug("raft_snapshot_without_config", Invariant::I11, 2_000),
-    bug("raft_recovered_not_rewritten", Invariant::I11, 2_000),
-    bug("store_flush_covers_later", Invariant::I1, 2_000),
-    bug("store_session_reused", Invariant::I1, 2_000),
-    on_islands(bug("store_fence_at_submit_only", Invariant::I5, 2_000)),
-    bug("store_ack_before_data", Invariant::I1, 2_000),
-    bug("store_checkpoint_drops_last", Invariant::I1, 2_000),
-    bug("store_recovered_not_rewritten", Invariant::I17, 2_000),
-    bug("store_retry_fsync", Invariant::I1, 2_000),
-    bug("store_read_unverified", Invariant::I8, 2_000),
-    bug("store_trust_tail", Invariant::I2, 2_000),
-    bug("store_free_before_checkpoint", Invariant::I2, 2_000),
-    bug("store_reuse_under_read", Invariant::I2, 2_000),
+    bug("acknowledge_before_all_replicas", Invariant::I3, 50),
+    bug("forget_replica_in_version_change", Invariant::I17, 51),
+    bug("older_set_acknowledges", Invariant::I1, 160),
+    bug("restart_not_sent_again", Invariant::I3, 50),
+    in_cut_hosts(bug("flush_ignores_marks", Invariant::I1, 50)),
+    bug("sequence_reused_after_reopen", Invariant::I3, 50),
+    bug("release_before_drain", Invariant::I3, 96),
+    in_cut_hosts(bug("tail_merge_takes_lower_epoch", Invariant::I3, 60)),
+    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, 170)),
+    bug("cs_rebuilt_before_last_block", Invariant::I8, 50),
+    in_cut_hosts(bug("cs_rebuilt_without_tail", Invariant::I3, 200)),
+    bug("cs_rebuild_loses_new_writes", Invariant::I3, 63),
+    bug("cs_late_write_overtakes", Invariant::I3, 50),
+    bug("cs_mark_counts_undurable", Invariant::I3, 50),
+    bug("cs_duplicate_uncounted", Invariant::I17, 50),
+    on_islands(bug("cs_skip_epoch_check_on_unmap", Invariant::I3, 300)),
+    on_islands(bug("cs_epoch_compared_loosely", Invariant::I5, 50)),
+    bug("cs_epoch_only_in_memory", Invariant::I1, 280),
+    in_cut_hosts(bug("cs_tail_forgotten_not_fetched", Invariant::I8, 50)),
+    bug("replica_forgotten_in_version_change", Invariant::I3, 63),
+    bug("stale_copy_rejoins_as_current", Invariant::I17, 50),
+    on_islands(bug("epoch_not_raised_on_regrant", Invariant::I3, 50)),
+    bug("chunk_counts_drift", Invariant::Accounting, 135),
+    bug("rename_retry_executes_again", Invariant::I18, 50),
+    bug("raft_ack_before_sync", Invariant::I17, 216),
+    bug("raft_apply_before_commit", Invariant::I11, 50),
+    bug("raft_snapshot_without_config", Invariant::Assertion, 50),
+    with_failing_flushes(bug("raft_recovered_not_rewritten", Invariant::I17, 50)),
+    in_cut_hosts(bug("store_flush_covers_later", Invariant::I3, 50)),
+    bug("store_checkpoint_drops_last", Invariant::I8, 50),
+    with_failing_flushes(bug("store_recovered_not_rewritten", Invariant::I17, 50)),
+    with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 50)),
+    bug("store_trust_tail", Invariant::I1, 50),
 ];
 
 /// Turns a planted bug (or, with `all`, each in turn) on; true when one was not found. With `seeds_max`, that many seeds

@@ -126,7 +126,8 @@ impl Scenario {
                 self.cluster.world.nodes[node.0].disk_delay_ns = self.faults.rng.range(MS, 700 * MS);
                 self.later(Restore::FastDisk(node));
             }
-            FaultKind::DiskFails => self.fail_disk(),
+            FaultKind::DiskFails => self.fail_disk(false),
+            FaultKind::FlushFails => self.fail_disk(true),
             FaultKind::Rot => self.rot(),
             FaultKind::CutHost => self.cut_host()?,
             FaultKind::Island => self.isolate_host(),
@@ -168,8 +169,8 @@ impl Scenario {
         }
     }
 
-    /// A disk of a server begins to fail.
-    fn fail_disk(&mut self) {
+    /// A disk of a server begins to fail, or one of its next flushes fails.
+    fn fail_disk(&mut self, flush: bool) {
         let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
         let servers: Vec<NodeIndex> = servers.collect();
         let node = *self.faults.rng.choose(&servers).expect("servers");
@@ -177,8 +178,13 @@ impl Scenario {
             return;
         }
         self.faults.failing.insert(node, None);
-        let kind = *self.faults.rng.choose(&[OpKind::Read, OpKind::Write, OpKind::Flush, OpKind::Any]).expect("kinds");
-        let fault = Fault::Fail { kind, nth: self.faults.rng.below(40), forever: self.faults.rng.chance(1, 2) };
+        let kinds = [OpKind::Read, OpKind::Write, OpKind::Flush, OpKind::Any];
+        let fault = if flush {
+            Fault::Fail { kind: OpKind::Flush, nth: self.faults.rng.below(4), forever: false }
+        } else {
+            let kind = *self.faults.rng.choose(&kinds).expect("kinds");
+            Fault::Fail { kind, nth: self.faults.rng.below(40), forever: self.faults.rng.chance(1, 2) }
+        };
         self.cluster.world.note(format_args!("the disk of {node:?} fails: {fault:?}"));
         self.disturb(node);
         self.learn_sets();
@@ -298,7 +304,7 @@ impl Scenario {
     fn cut_host(&mut self) -> Verdict {
         let (client, cs) = self.draw_host();
         // At times the whole rack.
-        let rack = self.faults.rng.chance(1, 4);
+        let rack = self.faults.rng.chance(1, 8);
         let which = if rack { (0..self.cluster.cs.len()).collect() } else { vec![cs] };
         self.cut_power(&which)?;
         self.kill_client(client)

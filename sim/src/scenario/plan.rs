@@ -28,13 +28,16 @@ pub(super) enum FaultKind {
     CutHost,
     /// A host with a client and a chunk server on it is cut off from all others, longer than a lease.
     Island,
+    /// A flush of a server fails once; its process starts anew, and what the flush had covered must not be trusted.
+    FlushFails,
 }
 
-/// Seeds with this remainder have hosts that lose power, or islands. No draw decides it, so that the seeds of the
+/// Seeds with these remainders have hosts that lose power, islands, or flushes that fail before a cut. No draw decides it, so that the seeds of the
 /// regression list, none of which has such a remainder, stay what they were.
-pub(crate) const SEEDS_OF: u64 = 9;
+pub(crate) const SEEDS_OF: u64 = 18;
 pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
+pub(crate) const SEEDS_FLUSH_FAILS: u64 = 10;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -133,13 +136,13 @@ impl Plan {
             offline_after: rng.chance(1, 3).then_some(10),
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
         };
-        let of_hosts = match seed % SEEDS_OF {
-            SEEDS_CUT_HOST => Some(FaultKind::CutHost),
-            SEEDS_ISLAND => Some(FaultKind::Island),
-            _ => None,
-        };
-        if let Some(kind) = of_hosts.filter(|_| !faultless && !plan.faults.contains(&FaultKind::Rot)) {
-            plan.draw_hosts(kind, rng);
+        if !faultless && !plan.faults.contains(&FaultKind::Rot) {
+            match seed % SEEDS_OF {
+                SEEDS_CUT_HOST => plan.draw_hosts(FaultKind::CutHost, rng),
+                SEEDS_ISLAND => plan.draw_hosts(FaultKind::Island, rng),
+                SEEDS_FLUSH_FAILS => plan.faults = vec![FaultKind::FlushFails, FaultKind::CutCs, FaultKind::CutMds],
+                _ => {}
+            }
         }
         plan
     }
