@@ -1,8 +1,11 @@
 //! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, with a planted bug
-//! when `CAIRN_PLANT` names one, or `seeds planted NAME [SEEDS_MAX]`. Prints every broken seed, then what was found how often.
+//! when `CAIRN_PLANT` names one, or `seeds planted NAME [SEEDS_MAX]`, or `seeds planted some [DRAW]`. Prints every broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};
 use std::collections::BTreeMap;
+
+/// How many planted bugs `some` are.
+const SOME: usize = 12;
 
 #[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
 fn main() {
@@ -11,7 +14,13 @@ fn main() {
     let plain: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
     if plain.first().is_some_and(|word| *word == "planted") {
         let name = plain.get(1).map_or("all", |name| name.as_str());
-        match cairn_sim::planted::prove(name, plain.get(2).and_then(|word| word.parse().ok())) {
+        let number = plain.get(2).and_then(|word| word.parse().ok());
+        let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
+        let verdict = match name {
+            "some" => cairn_sim::planted::prove_some(number.unwrap_or_else(clock), SOME),
+            _ => cairn_sim::planted::prove(name, number),
+        };
+        match verdict {
             Ok(missed) => std::process::exit(i32::from(missed)),
             Err(why) => panic!("{why}"),
         }

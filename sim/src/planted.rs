@@ -4,7 +4,7 @@
 use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
 use crate::scenario::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF};
-use cairn_stdx::planted;
+use cairn_stdx::{Rng, planted};
 
 /// A planted bug that this world can reach.
 pub struct Planted {
@@ -12,7 +12,8 @@ pub struct Planted {
     pub name: &'static str,
     /// What it breaks first.
     pub breaks: Invariant,
-    /// Seeds within which it must be found: about three times what it took when it was measured, and at least 50.
+    /// Seeds within which it must be found: far more than it took when it was measured, because every change of a core
+    /// deals the faults of a seed anew. Only a bug that is missed pays for them.
     pub seeds_max: u64,
     /// The seeds tried: the first, and how far apart they are.
     pub seeds: (u64, u64),
@@ -39,39 +40,38 @@ const fn on_islands(bug: Planted) -> Planted {
 
 /// The planted bugs.
 pub const PLANTED: &[Planted] = &[
-    bug("acknowledge_before_all_replicas", Invariant::I3, 50),
-    bug("forget_replica_in_version_change", Invariant::I17, 51),
-    bug("older_set_acknowledges", Invariant::I1, 160),
-    bug("restart_not_sent_again", Invariant::I3, 50),
-    in_cut_hosts(bug("flush_ignores_marks", Invariant::I1, 50)),
-    bug("sequence_reused_after_reopen", Invariant::I3, 50),
-    bug("release_before_drain", Invariant::I3, 96),
-    in_cut_hosts(bug("tail_merge_takes_lower_epoch", Invariant::I3, 60)),
-    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, 170)),
-    bug("cs_rebuilt_before_last_block", Invariant::I8, 50),
-    in_cut_hosts(bug("cs_rebuilt_without_tail", Invariant::I3, 200)),
-    bug("cs_rebuild_loses_new_writes", Invariant::I3, 63),
-    bug("cs_late_write_overtakes", Invariant::I3, 50),
-    bug("cs_mark_counts_undurable", Invariant::I3, 50),
-    bug("cs_duplicate_uncounted", Invariant::I17, 50),
-    on_islands(bug("cs_skip_epoch_check_on_unmap", Invariant::I3, 300)),
-    on_islands(bug("cs_epoch_compared_loosely", Invariant::I5, 50)),
-    bug("cs_epoch_only_in_memory", Invariant::I1, 280),
-    in_cut_hosts(bug("cs_tail_forgotten_not_fetched", Invariant::I8, 50)),
-    bug("replica_forgotten_in_version_change", Invariant::I3, 63),
-    bug("stale_copy_rejoins_as_current", Invariant::I17, 50),
-    on_islands(bug("epoch_not_raised_on_regrant", Invariant::I3, 50)),
-    bug("chunk_counts_drift", Invariant::Accounting, 135),
-    bug("rename_retry_executes_again", Invariant::I18, 50),
-    bug("raft_ack_before_sync", Invariant::I17, 216),
-    bug("raft_apply_before_commit", Invariant::I11, 50),
-    bug("raft_snapshot_without_config", Invariant::Assertion, 50),
-    with_failing_flushes(bug("raft_recovered_not_rewritten", Invariant::I17, 50)),
-    in_cut_hosts(bug("store_flush_covers_later", Invariant::I3, 50)),
-    bug("store_checkpoint_drops_last", Invariant::I8, 50),
-    with_failing_flushes(bug("store_recovered_not_rewritten", Invariant::I17, 50)),
-    with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 50)),
-    bug("store_trust_tail", Invariant::I1, 50),
+    bug("acknowledge_before_all_replicas", Invariant::I3, 100),
+    bug("forget_replica_in_version_change", Invariant::I17, 200),
+    bug("older_set_acknowledges", Invariant::I3, 1_000),
+    bug("restart_not_sent_again", Invariant::I3, 100),
+    in_cut_hosts(bug("flush_ignores_marks", Invariant::I1, 200)),
+    bug("sequence_reused_after_reopen", Invariant::I3, 100),
+    bug("release_before_drain", Invariant::I3, 300),
+    in_cut_hosts(bug("tail_merge_takes_lower_epoch", Invariant::I3, 200)),
+    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, 500)),
+    bug("cs_rebuilt_before_last_block", Invariant::I8, 100),
+    bug("cs_rebuild_loses_new_writes", Invariant::I3, 200),
+    bug("cs_late_write_overtakes", Invariant::I3, 100),
+    bug("cs_mark_counts_undurable", Invariant::I3, 100),
+    bug("cs_duplicate_uncounted", Invariant::I17, 100),
+    on_islands(bug("cs_skip_epoch_check_on_unmap", Invariant::I3, 800)),
+    on_islands(bug("cs_epoch_compared_loosely", Invariant::I5, 100)),
+    bug("cs_epoch_only_in_memory", Invariant::I1, 800),
+    in_cut_hosts(bug("cs_tail_forgotten_not_fetched", Invariant::I8, 100)),
+    bug("replica_forgotten_in_version_change", Invariant::I3, 200),
+    bug("stale_copy_rejoins_as_current", Invariant::I17, 100),
+    on_islands(bug("epoch_not_raised_on_regrant", Invariant::I3, 100)),
+    bug("chunk_counts_drift", Invariant::Accounting, 400),
+    bug("rename_retry_executes_again", Invariant::I18, 100),
+    bug("raft_ack_before_sync", Invariant::I17, 600),
+    bug("raft_apply_before_commit", Invariant::I11, 100),
+    bug("raft_snapshot_without_config", Invariant::Assertion, 100),
+    with_failing_flushes(bug("raft_recovered_not_rewritten", Invariant::I17, 100)),
+    in_cut_hosts(bug("store_flush_covers_later", Invariant::I3, 100)),
+    bug("store_checkpoint_drops_last", Invariant::I8, 100),
+    with_failing_flushes(bug("store_recovered_not_rewritten", Invariant::I17, 100)),
+    with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 100)),
+    bug("store_trust_tail", Invariant::I1, 100),
 ];
 
 /// Turns a planted bug (or, with `all`, each in turn) on; true when one was not found. With `seeds_max`, that many seeds
@@ -87,6 +87,18 @@ pub fn prove(name: &str, seeds_max: Option<u64>) -> Result<bool, String> {
         return Err(format!("no planted bug is called {name}; there are {}", names.join(", ")));
     }
     prove_each(&wanted, seeds_max)
+}
+
+/// Proves `count` planted bugs, drawn by `draw`: a share of them in each run of the whole check.
+///
+/// # Errors
+/// When this build carries no planted bugs.
+pub fn prove_some(draw: u64, count: usize) -> Result<bool, String> {
+    println!("planted bugs drawn by {draw}");
+    let mut some: Vec<&Planted> = PLANTED.iter().collect();
+    Rng::new(draw).shuffle(&mut some);
+    some.truncate(count);
+    prove_each(&some, None)
 }
 
 /// Proves these planted bugs; true when one was not found.

@@ -11,7 +11,7 @@ const SEEDS_FAULTLESS: &str = "100";
 /// Runs every step; stops at the first that fails.
 pub fn run(root: &Path) -> ExitCode {
     let binary = root.join("target/release/cairn").display().to_string();
-    let steps: [(&str, &[&str]); 10] = [
+    let steps: [(&str, &[&str]); 11] = [
         ("format", &["cargo", "fmt", "--all", "--check"]),
         ("lints", &["cargo", "clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
         ("house style", &["cargo", "xtask", "tidy"]),
@@ -25,6 +25,25 @@ pub fn run(root: &Path) -> ExitCode {
         ("regression seeds", &[&binary, "sim", "--regressions"]),
         ("fresh seeds without faults", &[&binary, "sim", "--seeds", SEEDS_FAULTLESS, "--faultless"]),
         ("fresh seeds with faults", &[&binary, "sim", "--seeds", SEEDS]),
+        // A share of the planted bugs in each run: all of them, and the cores built with them, would take minutes more.
+        (
+            "planted bugs",
+            &[
+                "cargo",
+                "run",
+                "--release",
+                "--quiet",
+                "-p",
+                "cairn-sim",
+                "--features",
+                "planted",
+                "--example",
+                "seeds",
+                "--",
+                "planted",
+                "some",
+            ],
+        ),
         ("system tests", &["cargo", "test", "--release", "-p", "cairn-tests", "--", "--test-threads=1"]),
     ];
     for (name, words) in steps {
