@@ -87,7 +87,7 @@ mod tests {
         for seed in 1..=3 {
             let outcome = run(seed, &Options { faultless: true, ..Options::default() });
             assert!(!outcome.is_broken(), "{outcome}");
-            assert!(outcome.work.0 > 100, "a run that did nothing proves nothing: {outcome}");
+            assert!(outcome.work.0 > 50, "a run that did nothing proves nothing: {outcome}");
         }
     }
 

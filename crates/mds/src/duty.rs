@@ -37,6 +37,9 @@ struct Server {
     logged_at: Option<Instant>,
 }
 
+/// A look so much later than it was due means that the process was stopped meanwhile.
+const SLEPT: Duration = Duration::from_secs(2);
+
 /// The leader's volatile knowledge.
 #[derive(Default)]
 pub(crate) struct Duty {
@@ -51,7 +54,10 @@ impl Duty {
     pub fn due(&mut self, now: Instant, period: Duration) -> bool {
         let due = self.looked.is_none_or(|at| now >= at + period);
         if due {
-            self.looked = Some(now);
+            if self.looked.replace(now).is_some_and(|at| now > at + period + SLEPT) {
+                // This process was not running: nobody could be heard, so everybody gets a new term.
+                self.sessions.values_mut().chain(self.ended.values_mut()).for_each(|heard| *heard = now);
+            }
         }
         due
     }

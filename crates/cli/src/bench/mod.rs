@@ -127,10 +127,9 @@ pub fn run(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
             suite::create_volume(&client, &name, args.size).await?;
         }
         let figures = run_volume(&client, &name, &shape, args.size).await;
-        if made {
-            suite::delete_volume(&client, &name).await?;
-        }
-        figures
+        let deleted = if made { suite::delete_volume(&client, &name).await } else { Ok(()) };
+        // What went wrong first is told first.
+        figures.and_then(|figures| deleted.map(|()| figures))
     })?;
     let outcome = Outcome {
         shape: format!("{} {} bytes depth {}", args.rw, shape.block_size, shape.depth),
@@ -160,8 +159,11 @@ pub fn run(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
 async fn run_volume(client: &cairn_client::LocalClient, name: &str, shape: &Shape, span: u64) -> Result<Figures> {
     let volume = load::open(client, name).await.with_context(|| format!("open volume {name}"))?;
     let span = span.min(cairn_env::block::BlockDevice::size(&volume));
-    load::fill(&volume, span & !((1 << 20) - 1)).await.context("fill the volume")?;
-    let figures = measure(&volume, shape, span).await;
+    // Released whatever comes, or nobody could delete it.
+    let figures = match load::fill(&volume, span & !((1 << 20) - 1)).await.context("fill the volume") {
+        Ok(()) => measure(&volume, shape, span).await,
+        Err(error) => Err(error),
+    };
     let (sender, receiver) = tokio::sync::oneshot::channel();
     volume.clone().release_with(move || sender.send(()).unwrap_or(()));
     let _ = receiver.await;

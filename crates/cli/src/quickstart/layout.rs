@@ -27,6 +27,8 @@ use super::{CS_COUNT, MDS_COUNT};
 const CS_SIZE_DEFAULT: u64 = 3 << 30;
 /// Least space a chunk server is made with.
 const CS_SIZE_MIN: u64 = 512 << 20;
+/// What the metadata servers take at first, and a little for them to grow.
+const METADATA_SIZE: u64 = 512 << 20;
 
 /// What `quickstart.json` says.
 #[derive(Serialize, Deserialize, Debug)]
@@ -86,6 +88,11 @@ impl Layout {
                 cairn_types::format_size(cs_size),
                 cairn_types::format_size(CS_SIZE_MIN)
             );
+        }
+        let needed = (CS_COUNT as u64).saturating_mul(cs_size).saturating_add(METADATA_SIZE);
+        if needed > free {
+            let (needed, free) = (cairn_types::format_size(needed), cairn_types::format_size(free));
+            bail!("this takes {needed} and {} has {free} free; give a smaller --cs-size", dir.display());
         }
         let mut ports = free_ports(MDS_COUNT + CS_COUNT + 1)?.into_iter();
         let state = State {

@@ -59,6 +59,9 @@ pub fn run(context: &Context, args: &MountArgs) -> Result<()> {
 /// it any more.
 fn prepare(dir: &std::path::Path) -> Result<()> {
     match std::fs::metadata(dir) {
+        Ok(known) if known.is_dir() && is_ours(dir) => {
+            bail!("{} is mounted already; use it, or run `umount {}` first", dir.display(), dir.display())
+        }
         Ok(known) if known.is_dir() => return Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {}
         _ => bail!("{} is not a directory; make it first", dir.display()),

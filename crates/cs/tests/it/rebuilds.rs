@@ -99,7 +99,8 @@ fn unsettled_writes_only_the_returning_copy_has_do_not_survive() {
     else {
         panic!("a tail")
     };
-    assert!(entries.is_empty(), "the copy does not answer for it any more: {entries:?}");
+    // What is unsettled at the source is so here; the write the others never got is forgotten.
+    assert!(entries.iter().all(|entry| entry.sequence != Sequence(200)), "it answers for it no more: {entries:?}");
 }
 
 #[test]
