@@ -310,8 +310,8 @@ impl Scenario {
         self.kill_client(client)
     }
 
-    /// True when the client is on an island: it only reads then, because writes end its load within a moment, and what it
-    /// reads after others took its volumes over is what matters.
+    /// True when the client is on an island: it only reads then, because writes end its load within a moment, and what
+    /// it reads after others took its volumes over is what matters.
     pub(super) fn is_isolated(&self, client: usize) -> bool {
         self.faults.isolated == Some(client)
     }

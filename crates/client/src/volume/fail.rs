@@ -108,7 +108,8 @@ impl Volume {
             return;
         }
         if self.server(slot).spared_until.is_some_and(|until| ctx.io.now < until) {
-            // It holds the last copy of something, said the metadata servers just now: they are not asked at once again.
+            // It holds the last copy of something, said the metadata servers just now: they are not asked at once
+            // again.
             self.server_mut(slot).fail_again = true;
             return;
         }

@@ -118,9 +118,10 @@ impl Painting {
     }
 }
 
-/// What must be copied so that the replicas of one chunk agree: per block the highest origin of the current replicas wins.
-/// The first `current` tails are those; the others belong to copies being rebuilt, which took writes that the current
-/// ones may never have got, or lost some. Where only such a copy names a block, what the current ones hold wins.
+/// What must be copied so that the replicas of one chunk agree: per block the highest origin of the current replicas
+/// wins. The first `current` tails are those; the others belong to copies being rebuilt, which took writes that the
+/// current ones may never have got, or lost some. Where only such a copy names a block, what the current ones hold
+/// wins.
 fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)], current: usize) -> Vec<Copy> {
     let mut paintings: Vec<(u16, Painting)> = Vec::with_capacity(tails.len());
     let mut bounds = BTreeSet::new();
