@@ -74,8 +74,8 @@ pub const PLANTED: &[Planted] = &[
     bug("store_trust_tail", Invariant::I1, 100),
 ];
 
-/// Turns a planted bug (or, with `all`, each in turn) on; true when one was not found. With `seeds_max`, that many seeds
-/// are tried instead of those of the table, to measure.
+/// Turns a planted bug (or, with `all`, each in turn) on; true when one was not found. With `seeds_max`, that many
+/// seeds are tried instead of those of the table, to measure.
 ///
 /// # Errors
 /// When this build carries no planted bugs, or none of that name.

@@ -278,7 +278,8 @@ impl Shadow {
         Ok(())
     }
 
-    /// Another client holds `volume` now: writes without an answer, but for `its`, have taken effect or never will (I5).
+    /// Another client holds `volume` now: writes without an answer, but for `its`, have taken effect or never will
+    /// (I5).
     pub fn taken_over(&mut self, now: u64, volume: u64, its: &[OpId]) {
         let unanswered = |op: &OpRecord| op.write && op.volume == volume && op.end == u64::MAX && op.latest == u64::MAX;
         let fenced = self.ops.iter_mut().filter(|(id, op)| unanswered(op) && !its.contains(id));
@@ -286,8 +287,8 @@ impl Shadow {
     }
 }
 
-/// The history with every write that surely happened ending where its holder was fenced: it was answered, or read. Zeros
-/// do not tell which write they come from, so unanswered ones stay as they are.
+/// The history with every write that surely happened ending where its holder was fenced: it was answered, or read.
+/// Zeros do not tell which write they come from, so unanswered ones stay as they are.
 fn fenced(ops: &[(BlockOp, u64)]) -> Vec<BlockOp> {
     let read: BTreeSet<u64> = ops.iter().filter(|(op, _)| !op.write).map(|(op, _)| op.value).collect();
     let happened = |op: &BlockOp| op.end != u64::MAX || (op.value != 0 && read.contains(&op.value));

@@ -32,8 +32,8 @@ pub(super) enum FaultKind {
     FlushFails,
 }
 
-/// Seeds with these remainders have hosts that lose power, islands, or flushes that fail before a cut. No draw decides it, so that the seeds of the
-/// regression list, none of which has such a remainder, stay what they were.
+/// Seeds with these remainders have hosts that lose power, islands, or flushes that fail before a cut. No draw decides
+/// it, so that the seeds of the regression list, none of which has such a remainder, stay what they were.
 pub(crate) const SEEDS_OF: u64 = 18;
 pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
