@@ -51,7 +51,7 @@ pub const PLANTED: &[Planted] = &[
     bug("sequence_reused_after_reopen", Invariant::I3, 100),
     bug("release_before_drain", Invariant::I3, 300),
     in_cut_hosts(bug("tail_merge_takes_lower_epoch", Invariant::I3, 200)),
-    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, 500)),
+    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, RARE)),
     bug("cs_rebuilt_before_last_block", Invariant::I8, 100),
     bug("cs_rebuild_loses_new_writes", Invariant::I3, RARE),
     bug("cs_late_write_overtakes", Invariant::I3, 100),
