@@ -236,7 +236,7 @@ impl Scenario {
         let (offset, len) = (first * unit, count * unit);
         let now = self.now();
         let choice = self.loads[client].rng.below(100);
-        let choice = if self.is_isolated(client) { 0 } else { choice };
+        let choice = if self.only_reads(client) { 0 } else { choice };
         match choice {
             0..40 => self.read(client, volume, handle, first, count),
             40..82 => {

@@ -29,7 +29,12 @@ impl Volume {
             ServerEvent::Lost(_) => self.move_reads(ctx, slot),
             ServerEvent::Up(_, boot) => {
                 let server = self.server_mut(slot);
-                (server.spared_until, server.fail_again) = (None, false);
+                server.spared_until = None;
+                if std::mem::take(&mut server.fail_again) && server.fence == Fence::No {
+                    // It failed while it was asked to fence, and chunks may wait for that.
+                    self.ask_fence(ctx, slot);
+                }
+                let server = self.server_mut(slot);
                 if server.fence == Fence::Yes {
                     server.excused = false;
                     if std::mem::replace(&mut server.boot, boot) != boot {
