@@ -53,11 +53,9 @@ pub(crate) struct Duty {
 impl Duty {
     pub fn due(&mut self, now: Instant, period: Duration) -> bool {
         let due = self.looked.is_none_or(|at| now >= at + period);
-        if due {
-            if self.looked.replace(now).is_some_and(|at| now > at + period + SLEPT) {
-                // This process was not running: nobody could be heard, so everybody gets a new term.
-                self.sessions.values_mut().chain(self.ended.values_mut()).for_each(|heard| *heard = now);
-            }
+        if due && self.looked.replace(now).is_some_and(|at| now > at + period + SLEPT) {
+            // This process was not running: nobody could be heard, so everybody gets a new term.
+            self.sessions.values_mut().chain(self.ended.values_mut()).for_each(|heard| *heard = now);
         }
         due
     }
