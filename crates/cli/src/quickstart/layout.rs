@@ -28,7 +28,7 @@ const CS_SIZE_DEFAULT: u64 = 3 << 30;
 /// Least space a chunk server is made with.
 const CS_SIZE_MIN: u64 = 512 << 20;
 /// What the metadata servers take at first, and a little for them to grow.
-const METADATA_SIZE: u64 = 512 << 20;
+const METADATA_SIZE: u64 = 410 << 20;
 
 /// What `quickstart.json` says.
 #[derive(Serialize, Deserialize, Debug)]

@@ -152,6 +152,12 @@ pub(crate) fn mds_errno(error: &MdsError) -> Errno {
     }
 }
 
+/// Errno of a call that names an inode: one that is gone is *stale*. On that answer the kernel looks the name up again,
+/// which is what a program expects that opens a file another mount has just replaced by renaming.
+pub(crate) fn of_inode(errno: Errno) -> Errno {
+    if errno == Errno::ENOENT { Errno::ESTALE } else { errno }
+}
+
 /// Errno of a failed open.
 pub(crate) fn open_errno(error: &OpenFailure) -> Errno {
     match error {

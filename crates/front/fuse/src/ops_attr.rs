@@ -1,6 +1,6 @@
 //! Attributes, extended attributes, figures of the file system.
 
-use crate::attr::{FILE_SIZE_MAX, TTL_CREATED_IN, mode_without_privileges};
+use crate::attr::{FILE_SIZE_MAX, TTL_CREATED_IN, mode_without_privileges, of_inode};
 use crate::core::{Core, Done, Stat};
 use crate::files::File;
 use cairn_env::block::BlockOp;
@@ -42,7 +42,7 @@ impl Core {
         }
         let asked_at = file.as_ref().map(|file| file.attr_changes());
         self.call_attr(MdsRequest::GetAttr { inode }, move |core, result| {
-            done(result.map(|attr| {
+            done(result.map_err(of_inode).map(|attr| {
                 if let Some(file) = file.filter(|file| Some(file.attr_changes()) == asked_at) {
                     file.learn(&attr, core.now_tick.get());
                 }

@@ -1,6 +1,6 @@
 //! Open files: open, read, write, flush, fsync, release.
 
-use crate::attr::FILE_SIZE_MAX;
+use crate::attr::{FILE_SIZE_MAX, of_inode};
 use crate::core::{Core, Done, Handle};
 use crate::files::File;
 use crate::full::Caller;
@@ -65,7 +65,7 @@ impl Core {
             }
             Err(errno) => {
                 core.drop_handle(&opened, writer);
-                done(Err(errno));
+                done(Err(of_inode(errno)));
             }
         };
         if writer && file.departing.get() {

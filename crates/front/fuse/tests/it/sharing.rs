@@ -167,6 +167,21 @@ fn mounts_that_fight_over_files_never_read_what_is_outdated() {
 }
 
 #[test]
+fn a_name_replaced_elsewhere_is_never_missing() {
+    let Some((_cluster, a, b)) = two("") else { return };
+    fs::write(a.path().join("f"), "0").expect("write");
+    for round in 1..20 {
+        fs::read_to_string(b.path().join("f")).expect("read what was there");
+        fs::write(a.path().join("f.t"), format!("{round}")).expect("write the new one");
+        fs::rename(a.path().join("f.t"), a.path().join("f")).expect("replace");
+        // The name cached here may lead to the old file for a moment, which is gone: the kernel looks again.
+        let read = fs::read_to_string(b.path().join("f")).expect("a name that always exists");
+        assert_eq!(read, format!("{round}"));
+        fs::metadata(b.path().join("f")).expect("stat");
+    }
+}
+
+#[test]
 fn pages_outlive_a_lease_only_until_the_next_open() {
     let Some((_cluster, a, b)) = two("") else { return };
     fs::write(a.path().join("f"), vec![1; 50_000]).expect("write");
