@@ -1,6 +1,6 @@
 //! Making replicas equal before a lease that was taken over is used (rule 8).
 //!
-//! Stages: ask the servers for their *tails*; find the chunks the tails name in the *map*;
+//! Stages: ask the servers for their *tails* (twice: to learn of the chunks, and again when those are raised); find the chunks the tails name in the *map*;
 //! *prepare* them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of
 //! the current replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only
 //! then the settled mark moves and the volume opens. Should anything fail on the way, or a server restart, it begins
@@ -14,7 +14,7 @@ use crate::servers::{CallFor, Owner};
 use crate::timers::Timer;
 use cairn_env::block::BlockError;
 use cairn_stdx::planted;
-use cairn_types::{ChunkId, Duration, Epoch, Sequence};
+use cairn_types::{ChunkId, ChunkVersion, Duration, Epoch, Sequence};
 use cairn_wire::cs::{CsError, CsReply, CsRequest, TailEntry};
 use cairn_wire::data::DATA_BLOCKS_MAX;
 use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
@@ -54,6 +54,13 @@ pub(super) struct Reconcile {
     asked: BTreeSet<u16>,
     tails: BTreeMap<u16, Vec<TailEntry>>,
     unresolved: BTreeSet<ChunkId>,
+    /// Chunks that tails name and the map does not know.
+    dropped: BTreeSet<ChunkId>,
+    /// The chunks are known and raised, and the tails asked for anew: only these count. A server may have joined a set
+    /// after it was asked first, and what its tail said then was of a copy that is gone.
+    second: bool,
+    /// The versions the chunks had when the tails were asked for anew.
+    versions: BTreeMap<u64, ChunkVersion>,
     /// Chunks concerned, pinned in the cache.
     chunks: BTreeMap<u64, ChunkId>,
     preparing: BTreeSet<u64>,
@@ -175,15 +182,15 @@ impl Volume {
             self.state == State::Fencing && self.reconcile.is_none(),
             "before the volume is used, and once at a time"
         );
-        let slots: Vec<u16> = self
-            .all_slots()
-            .filter(|slot| self.server(*slot).fence == Fence::Yes && !self.server(*slot).excused)
-            .collect();
+        let slots = self.slots_to_ask();
         self.reconcile = Some(Reconcile {
             stage: Stage::Tails,
             asked: slots.iter().copied().collect(),
             tails: BTreeMap::new(),
             unresolved: BTreeSet::new(),
+            dropped: BTreeSet::new(),
+            second: false,
+            versions: BTreeMap::new(),
             chunks: BTreeMap::new(),
             preparing: BTreeSet::new(),
             copies: VecDeque::new(),
@@ -263,6 +270,9 @@ impl Volume {
 
     /// All tails are here: finds the chunks they name.
     fn resolve(&mut self, ctx: &mut Ctx<'_>) {
+        if self.reconcile.as_ref().is_some_and(|reconcile| reconcile.second) {
+            return self.judge_tails(ctx);
+        }
         let reconcile = self.reconcile.as_mut().expect("the caller is in it");
         reconcile.unresolved = reconcile.tails.values().flatten().map(|entry| entry.chunk).collect();
         let mut indexes: Vec<u64> = self.chunk_order.iter().copied().collect();
@@ -323,7 +333,8 @@ impl Volume {
             Some(last) => self.read_map(ctx, last + 1),
             None => {
                 // What the map does not know was dropped: its tails mean nothing.
-                self.reconcile.as_mut().expect("just seen").unresolved.clear();
+                let reconcile = self.reconcile.as_mut().expect("just seen");
+                reconcile.dropped = std::mem::take(&mut reconcile.unresolved);
                 self.prepare_chunks(ctx);
             }
         }
@@ -354,8 +365,43 @@ impl Volume {
             && reconcile.preparing.remove(&index)
             && reconcile.preparing.is_empty()
         {
-            self.plan(ctx);
+            self.ask_tails_anew(ctx);
         }
+    }
+
+    /// Every chunk concerned is raised: what the tails say from here on is of the copies in force.
+    fn ask_tails_anew(&mut self, ctx: &mut Ctx<'_>) {
+        let slots = self.slots_to_ask();
+        let reconcile = self.reconcile.as_mut().expect("the caller is in it");
+        let version = |index: &u64| self.chunks.get(index)?.entry.as_ref().map(|entry| (*index, entry.version));
+        reconcile.versions = reconcile.chunks.keys().filter_map(version).collect();
+        reconcile.second = true;
+        reconcile.stage = Stage::Tails;
+        reconcile.tails.clear();
+        reconcile.asked = slots.iter().copied().collect();
+        if slots.is_empty() {
+            self.resolve(ctx);
+        }
+        for slot in slots {
+            self.ask_tail(ctx, slot, 0);
+        }
+    }
+
+    /// The second tails are here: they count if they name no other chunks and no set has changed meanwhile.
+    fn judge_tails(&mut self, ctx: &mut Ctx<'_>) {
+        let reconcile = self.reconcile.as_ref().expect("the caller is in it");
+        let known: BTreeSet<ChunkId> = reconcile.chunks.values().chain(&reconcile.dropped).copied().collect();
+        let unknown = reconcile.tails.values().flatten().any(|entry| !known.contains(&entry.chunk));
+        let moved = reconcile.chunks.keys().any(|index| {
+            let now = self.chunks.get(index).and_then(|chunk| chunk.entry.as_ref()).map(|entry| entry.version);
+            now != reconcile.versions.get(index).copied()
+        });
+        if unknown || moved { self.reconcile_again(ctx) } else { self.plan(ctx) }
+    }
+
+    fn slots_to_ask(&self) -> Vec<u16> {
+        let stands = |slot: &u16| self.server(*slot).fence == Fence::Yes && !self.server(*slot).excused;
+        self.all_slots().filter(stands).collect()
     }
 
     fn plan(&mut self, ctx: &mut Ctx<'_>) {
