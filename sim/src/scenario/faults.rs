@@ -174,7 +174,8 @@ impl Scenario {
         let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
         let servers: Vec<NodeIndex> = servers.collect();
         let node = *self.faults.rng.choose(&servers).expect("servers");
-        if !self.cluster.is_running(node) || self.may_give_up(node) {
+        let fails = self.faults.failing.get(&node).is_some_and(Option::is_none);
+        if !self.cluster.is_running(node) || fails {
             return;
         }
         self.faults.failing.insert(node, None);
@@ -195,7 +196,7 @@ impl Scenario {
     /// The disk is sound again; a process that has given up, or serves nothing any more, is started anew.
     fn mend_disk(&mut self, node: NodeIndex) {
         let now = self.now();
-        let was_failing = self.may_give_up(node);
+        let was_failing = self.faults.failing.get(&node).is_some_and(Option::is_none);
         if let Some(mended) = self.faults.failing.get_mut(&node) {
             mended.get_or_insert(now);
         }
@@ -219,9 +220,10 @@ impl Scenario {
         }
     }
 
-    /// True when a process may give up: its disk fails.
+    /// True when a process may give up: its disk fails, or did when a request was made that is answered now.
     pub(super) fn may_give_up(&self, node: NodeIndex) -> bool {
-        self.faults.failing.get(&node).is_some_and(Option::is_none)
+        let now = self.now();
+        self.faults.failing.get(&node).is_some_and(|mended| mended.is_none_or(|at| now - at < ANSWERS_LATE))
     }
 
     /// True when a disk fails, or was mended a moment ago, that may have had the last current copy of a chunk in reach.

@@ -1,10 +1,10 @@
 //! Making replicas equal before a lease that was taken over is used (rule 8).
 //!
-//! Stages: ask the servers for their *tails* (twice: to learn of the chunks, and again when those are raised); find the chunks the tails name in the *map*;
-//! *prepare* them, which raises every replica to the version in force; per block take the highest (epoch, sequence) of
-//! the current replicas, and where they differ *copy* the winner to all of them as a new write of ours; *flush*. Only
-//! then the settled mark moves and the volume opens. Should anything fail on the way, or a server restart, it begins
-//! again: every step can be repeated.
+//! Stages: ask the servers for their *tails* (twice: to learn of the chunks, and again when those are raised); find the
+//! chunks the tails name in the *map*; *prepare* them, which raises every replica to the version in force; per block
+//! take the highest (epoch, sequence) of the current replicas, and where they differ *copy* the winner to all of them
+//! as a new write of ours; *flush*. Only then the settled mark moves and the volume opens. Should anything fail on the
+//! way, or a server restart, it begins again: every step can be repeated.
 
 use super::map::Entry;
 use super::ops::{Done, Kind};
