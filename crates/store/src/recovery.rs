@@ -421,8 +421,9 @@ impl Recovery {
     }
 
     fn leaves_read(&mut self, reader: Reader, out: &mut StoreOutput) -> Result<(), OpenError> {
-        if let Some(error) = &reader.error {
-            out.notices.push(Notice::ReadFailed(error.clone()));
+        if let Some(error) = reader.error {
+            // A page that cannot be read now is not lost: going on would make it so with the next checkpoint.
+            return Err(OpenError::Io(error));
         }
         let leaves = std::mem::take(&mut self.leaves);
         for ((chunk, number), (_, page)) in leaves.into_iter().zip(reader.finish()) {

@@ -399,7 +399,7 @@ impl Scenario {
                 }
                 return Ok(());
             }
-            Err(BlockError::Damaged { .. }) if self.is_on_failing_disks() => return Ok(()),
+            Err(BlockError::Damaged { .. }) if self.did_a_disk_fail(since) => return Ok(()),
             Err(error @ BlockError::Damaged { .. }) => {
                 return Err(broken(Invariant::I1, format!("client {client}, {kind:?}: {error}")));
             }
