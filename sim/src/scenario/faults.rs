@@ -226,8 +226,8 @@ impl Scenario {
         self.faults.failing.get(&node).is_some_and(|mended| mended.is_none_or(|at| now - at < ANSWERS_LATE))
     }
 
-    /// True when the disk of some chunk server has failed since then: it may have held the last current copy in reach, and
-    /// an error is the truth.
+    /// True when the disk of some chunk server has failed since then: it may have held the last current copy in reach,
+    /// and an error is the truth.
     pub(super) fn did_a_disk_fail(&self, since: u64) -> bool {
         let counts = |mended: &Option<u64>| mended.is_none_or(|at| at >= since);
         self.cluster.cs.iter().any(|cs| self.faults.failing.get(&cs.node).is_some_and(counts))
