@@ -113,14 +113,7 @@ fn mds(prefix: &[u8]) -> Result<MdsReply, MdsError> {
             let info = |n: u32| CsInfo {
                 cs: CsId(1025 + n),
                 addr: format!("127.0.0.1:{}", 9000 + n).parse().unwrap(),
-                location: Location {
-                    host: HostId([n as u8; 16]),
-                    host_name: String::new(),
-                    rack: String::new(),
-                    row: String::new(),
-                    room: String::new(),
-                    site: String::new(),
-                },
+                location: Location { host: HostId([n as u8; 16]), ..Location::default() },
                 tier: 0,
                 state: CsState::Active,
                 stats: CsStats::default(),

@@ -600,7 +600,9 @@ impl ClientCore {
                 Timer::Chunk(key, index) => self.with_volume(now, out, key, |v, ctx| v.on_chunk_timer(ctx, index)),
                 Timer::Part(key, part) => self.with_volume(now, out, key, |v, ctx| v.on_part_timer(ctx, part)),
                 Timer::Minimum(key, index) => self.with_volume(now, out, key, |v, ctx| v.on_minimum_timer(ctx, index)),
-                Timer::Flush(key, op) => self.with_volume(now, out, key, |v, ctx| v.on_flush_timer(ctx, op)),
+                Timer::Flush(key, op, slot) => {
+                    self.with_volume(now, out, key, |v, ctx| v.on_flush_timer(ctx, op, slot))
+                }
                 Timer::Reconcile(key) => self.with_volume(now, out, key, |v, ctx| v.on_reconcile_timer(ctx)),
                 Timer::Idle => self.release_idle(now, out),
                 Timer::Shutdown => self.check_shutdown(now, out, true),

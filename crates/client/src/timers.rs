@@ -22,7 +22,7 @@ pub(crate) enum Timer {
     /// Ask for the entry of a chunk below its minimum again.
     Minimum(u64, u64),
     /// Send the requests of a flush again.
-    Flush(u64, u64),
+    Flush(u64, u64, u16),
     /// Begin a reconciliation again.
     Reconcile(u64),
     /// Look for leases to give back.

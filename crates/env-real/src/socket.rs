@@ -6,7 +6,6 @@
 //! namespace) where the address is listened on, so the attempt fails at once everywhere else. The handshake is the
 //! same: a name proves nothing. A stranger who took the name could only keep us waiting, so the peer must run as the
 //! same user or as root; otherwise TCP is used.
-
 //!
 //! The kernel tells a Unix socket's sender whenever the peer has read something. So such a socket is watched for room
 //! only while it is full: otherwise each message would wake its sender for nothing.

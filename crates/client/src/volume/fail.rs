@@ -13,6 +13,7 @@ use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 use std::collections::BTreeSet;
 
 const LATER: Duration = Duration::from_secs(1);
+
 impl Volume {
     fn slot_by_number(&self, number: u32) -> Option<u16> {
         self.servers.iter().position(|server| server.number == number).map(|slot| slot as u16)

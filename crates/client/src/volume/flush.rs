@@ -55,13 +55,13 @@ impl Volume {
         let Some(Kind::Flush { waiting, upto }) = self.ops.get(&id).map(|op| &op.kind) else { return };
         let (slots, revived) = self.tracker.undurable(*upto);
         let by_user = || self.ops.get(&id).is_some_and(|op| matches!(op.done, Done::User(_)));
-        if slots.as_slice().is_empty() || (planted!("flush_ignores_marks") && by_user()) {
+        if slots.is_empty() || (planted!("flush_ignores_marks") && by_user()) {
             if !revived {
                 self.finish_op(ctx, id, Ok(BlockReply::Done));
             }
             return;
         }
-        let asked: Vec<u16> = slots.as_slice().iter().copied().filter(|slot| !waiting.contains(slot)).collect();
+        let asked: Vec<u16> = slots.into_iter().filter(|slot| !waiting.contains(slot)).collect();
         let Some(Kind::Flush { waiting, .. }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
         waiting.extend(&asked);
         for slot in asked {
@@ -88,23 +88,21 @@ impl Volume {
             _ => {}
         }
         let Some(Kind::Flush { waiting, upto }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
-        if self.tracker.undurable(*upto).0.contains(slot) {
-            // It could not, or what it lacks is still on the way to it.
+        if self.tracker.undurable(*upto).0.contains(&slot) {
+            // It could not, or what it lacks is still on the way to it: it stays among those waited for until the timer,
+            // so that nothing else asks it at once.
             let after = if reply.status == DataStatus::Ok { AGAIN_SOON } else { AGAIN_AFTER };
-            ctx.io.timers.after(ctx.io.now, after, Timer::Flush(self.key, id));
+            ctx.io.timers.after(ctx.io.now, after, Timer::Flush(self.key, id, slot));
             return;
         }
         waiting.retain(|other| *other != slot);
         self.check_flush(ctx, id);
     }
 
-    /// Time to ask again.
-    pub(crate) fn on_flush_timer(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+    /// Time to ask one server again.
+    pub(crate) fn on_flush_timer(&mut self, ctx: &mut Ctx<'_>, id: u64, slot: u16) {
         let Some(Kind::Flush { waiting, .. }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
-        for slot in std::mem::take(waiting) {
-            let (key, number) = (self.key, self.server(slot).number);
-            ctx.servers.cancel(number, |o| matches!(o, Owner::Flush { volume, op, .. } if *volume == key && *op == id));
-        }
+        waiting.retain(|other| *other != slot);
         self.check_flush(ctx, id);
         self.pump(ctx);
     }

@@ -15,7 +15,7 @@
 //! copy.
 
 use super::write::Part;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Most replicas of a chunk (R0114).
 pub(crate) const SET_MAX: usize = 15;
@@ -171,14 +171,14 @@ impl Tracker {
 
     /// What a flush of everything up to `sequence` still waits for: servers whose mark is too low for an acknowledged
     /// write, and whether a write is being sent again.
-    pub(crate) fn undurable(&self, sequence: u64) -> (SlotSet, bool) {
+    pub(crate) fn undurable(&self, sequence: u64) -> (BTreeSet<u16>, bool) {
         let count = usize::try_from((sequence + 1).saturating_sub(self.base)).unwrap_or(usize::MAX);
-        let (mut slots, mut revived) = (SlotSet::default(), false);
+        let (mut slots, mut revived) = (BTreeSet::new(), false);
         for (entry, at) in self.entries.iter().zip(self.base..).take(count) {
             revived |= entry.revived;
             if entry.acknowledged {
                 let low = |slot: &&u16| self.marks[**slot as usize].durable < at;
-                entry.servers.as_slice().iter().filter(low).for_each(|slot| slots.add(*slot));
+                slots.extend(entry.servers.as_slice().iter().filter(low));
             }
         }
         (slots, revived)
@@ -260,7 +260,7 @@ impl Tracker {
 mod tests {
     use super::Tracker;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     #[derive(Clone, Debug)]
     enum Step {
@@ -334,9 +334,20 @@ mod tests {
         tracker.restarted(1);
         tracker.advance(|_| ());
         assert_eq!((tracker.settled(), tracker.kept_on(1)), (1, vec![2]));
-        assert_eq!(tracker.undurable(2).0.as_slice(), [1]);
+        assert_eq!(tracker.undurable(2).0, BTreeSet::from([1]));
         tracker.durable(1, 2);
         tracker.advance(|_| ());
         assert_eq!((tracker.settled(), tracker.load()), (2, (0, 0)));
+    }
+
+    #[test]
+    fn a_flush_may_wait_for_many_more_servers_than_one_chunk_has() {
+        let mut tracker = Tracker::new(1);
+        for slot in 0..200u16 {
+            let sequence = tracker.issue(u64::from(slot), 4096);
+            tracker.sent(sequence, slot, 1);
+            tracker.acknowledge(sequence, None);
+        }
+        assert_eq!(tracker.undurable(200).0, (0..200).collect::<BTreeSet<u16>>());
     }
 }

@@ -279,6 +279,17 @@ fn a_session_that_ended_takes_its_leases_along_and_another_begins() {
     check(&mut world, client, again, 1);
 }
 
+/// Kills a chunk server or cuts its power; tells which.
+fn strike(world: &mut World, rng: &mut Rng) -> usize {
+    let server = 1 + rng.below(4) as usize;
+    if rng.chance(1, 2) {
+        world.kill(server)
+    } else {
+        world.power_cut(server)
+    }
+    server
+}
+
 /// Random faults against a shadow: every acknowledged write is read back, nothing else ever is.
 #[test]
 fn random_faults_lose_nothing() {
@@ -293,12 +304,7 @@ fn random_faults_lose_nothing() {
             world.log.push(format!("{:.6} step {step} dice {dice} down {down:?}", world.now as f64 / 1e9));
             match dice {
                 0 if down.is_none() => {
-                    let server = 1 + rng.below(4) as usize;
-                    if rng.chance(1, 2) {
-                        world.kill(server)
-                    } else {
-                        world.power_cut(server)
-                    }
+                    let server = strike(&mut world, &mut rng);
                     down = Some(server);
                     if rng.chance(1, 2) {
                         world.start_cs(server);
@@ -376,12 +382,7 @@ pub fn storm(seed: u64) {
             world.log.push(format!("{:.6} step {step} dice {dice} down {down:?}", world.now as f64 / 1e9));
             match dice {
                 0 if down.is_none() => {
-                    let server = 1 + rng.below(4) as usize;
-                    if rng.chance(1, 2) {
-                        world.kill(server)
-                    } else {
-                        world.power_cut(server)
-                    }
+                    let server = strike(&mut world, &mut rng);
                     if rng.chance(1, 2) { world.start_cs(server) } else { down = Some(server) }
                 }
                 1 | 2 => {

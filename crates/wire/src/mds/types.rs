@@ -184,7 +184,7 @@ pub struct ChunkEntry {
 }
 
 /// Where a chunk server stands in the tree disk < host < rack < row < room < site. The disk is the server itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Location {
     /// Identity of the host.
     pub host: HostId,
