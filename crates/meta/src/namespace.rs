@@ -325,8 +325,11 @@ impl<K: Kv> Meta<K> {
         directory.nlink -= 1;
         directory.touch(now_ns);
         self.put_inode(parent, &directory);
+        let mut removed = self.inode(entry.inode)?.attr(entry.inode);
         self.lose_name(entry.inode, now_ns);
-        Ok(MdsReply::Done)
+        removed.nlink = 0;
+        removed.ctime_ns = now_ns;
+        Ok(MdsReply::Attr(removed))
     }
 
     /// Entries after a cookie: `hash << 8 | slot`, ascending. An entry that exists during the whole listing is listed

@@ -145,7 +145,7 @@ pub enum MdsRequest {
         /// Name in it.
         name: Vec<u8>,
     },
-    /// Removes an empty directory.
+    /// Removes an empty directory; the answer is what its attributes are without a name.
     Rmdir {
         /// Directory.
         parent: InodeId,

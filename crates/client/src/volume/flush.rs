@@ -89,8 +89,8 @@ impl Volume {
         }
         let Some(Kind::Flush { waiting, upto }) = self.ops.get_mut(&id).map(|op| &mut op.kind) else { return };
         if self.tracker.undurable(*upto).0.contains(&slot) {
-            // It could not, or what it lacks is still on the way to it: it stays among those waited for until the timer,
-            // so that nothing else asks it at once.
+            // It could not, or what it lacks is still on the way to it: it stays among those waited for until the
+            // timer, so that nothing else asks it at once.
             let after = if reply.status == DataStatus::Ok { AGAIN_SOON } else { AGAIN_AFTER };
             ctx.io.timers.after(ctx.io.now, after, Timer::Flush(self.key, id, slot));
             return;

@@ -68,7 +68,8 @@ pub(crate) struct File {
     pub inode: InodeId,
     /// How often a lease of this file was lost to a fence.
     pub fences: Cell<u64>,
-    /// It lost its last name while open, and the metadata servers keep it for this mount.
+    /// The metadata servers keep it for this mount although its last name may go: that went, or the lease did, while
+    /// it was open here.
     pub orphan: Cell<bool>,
     /// `Some(false)` once it is known that the file has no `security.capability`.
     pub capabilities: Cell<Option<bool>>,

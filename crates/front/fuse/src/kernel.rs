@@ -2,7 +2,7 @@
 //!
 //! Nothing is decided here. Requests of all session threads run side by side; none waits for another.
 
-use crate::attr::{TTL_NEGATIVE, absent_attr, file_attr, file_type, kind_of_mode, time_or_now};
+use crate::attr::{TTL_EXCLUSIVE, TTL_NEGATIVE, absent_attr, file_attr, file_type, kind_of_mode, time_or_now};
 use crate::backend::Runner;
 use crate::core::{Core, Done, Stat, with_core};
 use crate::full::Caller;
@@ -11,9 +11,10 @@ use crate::ops_file::{Opened, WriteArgs};
 use crate::ops_name::NewNode;
 use crate::ops_range::CopyEnd;
 use crate::pieces::join;
+use crate::removed::Removed;
 use cairn_env::Buf;
 use cairn_types::InodeId;
-use cairn_wire::mds::{InodeKind, RenameMode, SetAttr};
+use cairn_wire::mds::{Attr, InodeKind, RenameMode, SetAttr};
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
@@ -42,12 +43,13 @@ pub(crate) struct Kernel {
     log: Log,
     writeback: bool,
     next_directory: AtomicU64,
+    removed: Arc<Removed>,
 }
 
 impl Kernel {
     /// The kernel's side of mount `id`.
     pub fn new(id: u64, runner: Arc<dyn Runner>, log: Log, writeback: bool) -> Self {
-        Self { id, runner, log, writeback, next_directory: AtomicU64::new(1) }
+        Self { id, runner, log, writeback, next_directory: AtomicU64::new(1), removed: Arc::default() }
     }
 
     /// Runs `f` on the client's thread. When the mount has gone there, the reply inside `f` is dropped, which answers
@@ -133,10 +135,14 @@ impl Filesystem for Kernel {
         });
     }
 
-    // No state hangs on looked-up inodes, so there is nothing to forget.
-    fn forget(&self, _request: &Request, _inode: INodeNo, _lookups: u64) {}
+    fn forget(&self, _request: &Request, inode: INodeNo, _lookups: u64) {
+        self.removed.forget(inode);
+    }
 
     fn getattr(&self, _request: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        if let Some(attr) = self.removed.attr(inode) {
+            return reply.attr(&TTL_EXCLUSIVE, &attr);
+        }
         self.run(move |core| core.getattr(id(inode), attr_reply(reply)));
     }
 
@@ -211,7 +217,15 @@ impl Filesystem for Kernel {
 
     fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let name = bytes(name);
-        self.run(move |core| core.rmdir(id(parent), name, empty_reply(reply)));
+        let removed = Arc::clone(&self.removed);
+        let reply = move |result: Result<Attr, Errno>| match result {
+            Ok(attr) => {
+                removed.enter(file_attr(&attr));
+                reply.ok();
+            }
+            Err(errno) => reply.error(errno),
+        };
+        self.run(move |core| core.rmdir(id(parent), name, Box::new(reply)));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {

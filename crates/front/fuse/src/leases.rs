@@ -251,13 +251,31 @@ impl Core {
             core.left(&leaving, why);
         });
         // F2: the size goes first, then the lease.
+        let (core, open) = (Rc::clone(self), Rc::clone(file));
         self.report(
             file,
             Box::new(move |_| match why {
                 Departure::Idle => volume.close(gone),
-                Departure::Wanted | Departure::Orphan => volume.release(gone),
+                Departure::Wanted => core.keep_while_open(&open, Box::new(move |_| volume.release(gone))),
+                Departure::Orphan => volume.release(gone),
             }),
         );
+    }
+
+    /// Without a lease nothing keeps a file whose last name goes, so a file open here is kept by a handle from now on.
+    /// Opens that come later wait for the next lease.
+    fn keep_while_open(self: &Rc<Self>, file: &Rc<File>, then: Later) {
+        if file.handles.get() == 0 || file.orphan.replace(true) {
+            return then(self);
+        }
+        let kept = Rc::clone(file);
+        self.call(MdsRequest::OpenHandle { inode: file.inode }, move |core, result| {
+            if let Err(error) = result {
+                core.refused(&error);
+                kept.orphan.set(false);
+            }
+            then(core);
+        });
     }
 
     fn left(self: &Rc<Self>, file: &Rc<File>, why: Departure) {

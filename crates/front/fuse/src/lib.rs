@@ -25,6 +25,7 @@ mod ops_name;
 mod ops_range;
 pub mod options;
 mod pieces;
+mod removed;
 mod reports;
 
 pub use client::ClientRunner;

@@ -107,7 +107,7 @@ impl Core {
         let read = Rc::clone(file);
         self.with_volume(file, LeaseMode::Shared, move |core, volume| {
             if let Err(errno) = volume {
-                return done(Err(errno));
+                return done(Err(of_inode(errno)));
             }
             let left = read.size().saturating_sub(offset);
             let len = u64::from(len).min(left) as u32;

@@ -5,7 +5,7 @@ use crate::core::{Core, Done, Handle, Stat};
 use crate::files::File;
 use crate::ops_file::{Opened, open_flags};
 use cairn_types::InodeId;
-use cairn_wire::mds::{InodeKind, MdsError, MdsReply, MdsRequest, NAME_MAX, RenameMode, SYMLINK_MAX, SetAttr};
+use cairn_wire::mds::{Attr, InodeKind, MdsError, MdsReply, MdsRequest, NAME_MAX, RenameMode, SYMLINK_MAX, SetAttr};
 use fuser::Errno;
 use std::rc::Rc;
 
@@ -174,9 +174,9 @@ impl Core {
         });
     }
 
-    /// Removes an empty directory.
-    pub fn rmdir(self: &Rc<Self>, parent: InodeId, name: Vec<u8>, done: Done<()>) {
-        self.call_done(MdsRequest::Rmdir { parent, name }, done);
+    /// Removes an empty directory; tells what it was.
+    pub fn rmdir(self: &Rc<Self>, parent: InodeId, name: Vec<u8>, done: Done<Attr>) {
+        self.call_attr(MdsRequest::Rmdir { parent, name }, move |_, result| done(result));
     }
 
     /// Renames.

@@ -272,6 +272,8 @@ assert v.f_namemax == 255 and v.f_bsize == 4096
 d = os.open("d", os.O_RDONLY)
 os.fsync(d)
 os.rmdir("d")
-fails(errno.ENOENT, os.listdir, d)
+# As on a local file system: it is still there for whoever has it open, and empty.
+assert os.listdir(d) == [] and os.fstat(d).st_nlink == 0
+fails(errno.ENOENT, os.mkdir, "x", dir_fd=d)
 os.close(d)
 os.sync()

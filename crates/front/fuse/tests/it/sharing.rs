@@ -169,16 +169,50 @@ fn mounts_that_fight_over_files_never_read_what_is_outdated() {
 #[test]
 fn a_name_replaced_elsewhere_is_never_missing() {
     let Some((_cluster, a, b)) = two("") else { return };
-    fs::write(a.path().join("f"), "0").expect("write");
-    for round in 1..20 {
-        fs::read_to_string(b.path().join("f")).expect("read what was there");
-        fs::write(a.path().join("f.t"), format!("{round}")).expect("write the new one");
-        fs::rename(a.path().join("f.t"), a.path().join("f")).expect("replace");
-        // The name cached here may lead to the old file for a moment, which is gone: the kernel looks again.
-        let read = fs::read_to_string(b.path().join("f")).expect("a name that always exists");
-        assert_eq!(read, format!("{round}"));
-        fs::metadata(b.path().join("f")).expect("stat");
+    let (new, name, there) = (a.path().join("f.t"), a.path().join("f"), b.path().join("f"));
+    fs::write(&name, "0").expect("write");
+    let mut seen = 0;
+    for round in 1..8_u32 {
+        let before = File::open(&there).expect("open what is there");
+        fs::write(&new, format!("{round}")).expect("write the new one");
+        fs::rename(&new, &name).expect("replace");
+        // The name cached here may lead to an older file for a second, never back to one older than that. One that is
+        // gone already makes the kernel look again.
+        while seen < round {
+            let read = fs::read_to_string(&there).expect("a name that always exists");
+            let number = read.parse().expect("whole content");
+            assert!((seen..=round).contains(&number), "{number} after {seen} in round {round}");
+            seen = number;
+            fs::metadata(&there).expect("stat");
+        }
+        let mut old = String::new();
+        (&before).read_to_string(&mut old).expect("a file open here stays, whoever replaced it");
+        assert_eq!(old, format!("{}", round - 1));
     }
+}
+
+#[test]
+fn a_file_removed_elsewhere_stays_for_whoever_has_it_open() {
+    let Some((_cluster, a, b)) = two("") else { return };
+    let (here, there) = (a.path().join("f"), b.path().join("f"));
+    fs::write(&here, vec![7; 300_000]).expect("write");
+    let reader = File::open(&there).expect("open");
+    // Another mount takes the lease, so the one that reads holds nothing when the name goes.
+    let writer = OpenOptions::new().write(true).open(&here).expect("open to write");
+    writer.write_all_at(&[8], 0).expect("write");
+    drop(writer);
+    fs::remove_file(&here).expect("remove");
+    let mut all = vec![0; 300_000];
+    reader.read_exact_at(&mut all, 0).expect("read what has no name any more");
+    assert!(all[0] == 8 && all[1..].iter().all(|&byte| byte == 7));
+    assert_eq!(reader.metadata().expect("stat").nlink(), 0);
+    drop(reader);
+    // The name may be believed for a second.
+    while let Ok(again) = File::open(&there) {
+        drop(again);
+        std::thread::yield_now();
+    }
+    assert_eq!(File::open(&there).expect_err("removed").kind(), ErrorKind::NotFound);
 }
 
 #[test]
