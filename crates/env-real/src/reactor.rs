@@ -13,6 +13,7 @@ use crate::ring::{Offloaded, Ring};
 use crate::socket::Listener;
 use crate::sys;
 use cairn_env::DiskDone;
+use cairn_stdx::repeats::Repeats;
 use cairn_types::{ClusterId, Duration, Instant, NodeId};
 use cairn_wire::auth::ClusterKey;
 use cairn_wire::{DiskIndex, Effects, Event, NetEffect, Now, Process};
@@ -166,6 +167,7 @@ pub(crate) struct State<P> {
     pub(crate) scratch: Box<[u8]>,
     pub(crate) stats: Stats,
     pub(crate) limiter: LogLimiter,
+    repeats: Repeats,
     /// Events that arose while effects were carried out; stepped at the start of the next turn.
     pub(crate) deferred: VecDeque<Event>,
     ring: Option<Ring>,
@@ -184,7 +186,9 @@ impl<P: Process> State<P> {
     }
 
     pub(crate) fn log(&mut self, line: &str) {
-        (self.options.log)(line);
+        if let Some(line) = self.repeats.pass(clock::monotonic().0, line) {
+            (self.options.log)(&line);
+        }
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -224,6 +228,7 @@ impl<P: Process + 'static> Reactor<P> {
                 scratch: vec![0; SCRATCH_SIZE].into_boxed_slice(),
                 stats: Stats::default(),
                 limiter: LogLimiter::new(),
+                repeats: Repeats::default(),
                 deferred: VecDeque::new(),
                 ring: None,
                 completions: Vec::new(),

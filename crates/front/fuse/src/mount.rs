@@ -19,6 +19,8 @@ use std::time::Duration;
 const READ_AHEAD_KIB: u32 = 4096;
 /// How long unmounting waits for the last leases to be given back; after that they go with the session.
 const CLOSE_WITHIN: Duration = Duration::from_secs(30);
+/// A session that ends later than this after its unmounting is kept by somebody.
+const TELL_AFTER: Duration = Duration::from_secs(3);
 
 /// Why a file system was not mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -205,21 +207,33 @@ fn unmount_at(mountpoint: &Path) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Processes that keep `mountpoint` busy: id and name. Those of other users are seen by root only.
-fn holders(mountpoint: &Path) -> Vec<(u32, String)> {
-    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let inside = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target.starts_with(mountpoint));
-    let uses = |pid: &u32| {
-        let process = PathBuf::from(format!("/proc/{pid}"));
-        ["cwd", "root", "exe"].iter().any(|link| inside(process.join(link)))
-            || fs::read_dir(process.join("fd")).is_ok_and(|files| files.flatten().any(|file| inside(file.path())))
-    };
+/// Processes of which `matches` holds: id and name. Those of other users are seen by root only.
+fn processes(matches: impl Fn(&Path) -> bool) -> Vec<(u32, String)> {
+    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let name = |pid: u32| {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         (pid, name.trim().to_owned())
     };
-    pids.filter(uses).map(name).collect()
+    pids.filter(|pid| matches(&PathBuf::from(format!("/proc/{pid}")))).map(name).collect()
+}
+
+/// Processes that keep `mountpoint` busy.
+fn holders(mountpoint: &Path) -> Vec<(u32, String)> {
+    let inside = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target.starts_with(mountpoint));
+    processes(|process| {
+        ["cwd", "root", "exe"].iter().any(|link| inside(process.join(link)))
+            || fs::read_dir(process.join("fd")).is_ok_and(|files| files.flatten().any(|file| inside(file.path())))
+    })
+}
+
+/// Processes in whose mount namespace something of ours is mounted at `mountpoint`.
+fn seen_by(mountpoint: &Path) -> Vec<(u32, String)> {
+    let ours = |line: &str| {
+        line.contains(" - fuse.cairn ")
+            && line.split(' ').nth(4).map(unescape).as_deref() == Some(mountpoint.as_os_str().as_bytes())
+    };
+    processes(|process| fs::read_to_string(process.join("mountinfo")).is_ok_and(|all| all.lines().any(ours)))
 }
 
 impl Mounted {
@@ -250,8 +264,30 @@ impl Mounted {
             }
             Err(source) => return Err(MountError::Unmount { mountpoint: self.mountpoint.clone(), source }),
         }
+        let ended = self.tell_of_copies();
         self.finish();
+        drop(ended);
         Ok(())
+    }
+
+    /// Copies of the mount in other mount namespaces (containers, services with a private view) keep the session alive
+    /// after it has gone here. The log says so when that takes a while; dropping the sender says that it has ended.
+    fn tell_of_copies(&self) -> mpsc::Sender<()> {
+        let (ended, end) = mpsc::channel();
+        let (log, mountpoint) = (self.log.clone(), self.mountpoint.clone());
+        let tell = move || {
+            if end.recv_timeout(TELL_AFTER) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let holders = holders_text(&seen_by(&mountpoint));
+                let path = mountpoint.display();
+                log.line(format_args!(
+                    "{path} is unmounted here, but seen in another mount namespace{holders}: waiting"
+                ));
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("cairn-fuse-end".to_owned()).spawn(tell) {
+            self.log.line(format_args!("nobody will tell of copies of the mount: {error}"));
+        }
+        ended
     }
 
     fn unmount_by_helper(&mut self) -> Result<(), MountError> {

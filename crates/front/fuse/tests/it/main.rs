@@ -8,6 +8,7 @@ mod sharing;
 mod world;
 
 use cairn_fuse::backend::Runner;
+use cairn_fuse::mount::MountError;
 use cairn_fuse::{MountOptions, Mounted, mount_with};
 use std::path::Path;
 use std::sync::Arc;
@@ -44,9 +45,16 @@ impl TestMount {
         self.directory.path()
     }
 
-    /// Unmounts, in the open.
+    /// Unmounts. Another test that starts a program right now holds every file of this process between `fork` and
+    /// `exec`, so the kernel may call the mount busy for that moment.
     pub fn unmount(&mut self) {
-        self.mounted.unmount().expect("unmount");
+        loop {
+            match self.mounted.unmount() {
+                Ok(()) => return,
+                Err(MountError::Busy { .. }) => std::thread::yield_now(),
+                Err(error) => panic!("unmount: {error}"),
+            }
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use tempfile::TempDir;
 
 const NAME: &str = "test";
-const STORE_SIZE: u64 = 2 << 30;
+const STORE_SIZE: u64 = 768 << 20;
 
 /// Servers on threads of this process. They end with it: every test has a process of its own under nextest.
 struct RealCluster {
