@@ -513,21 +513,15 @@ impl ClientCore {
     /// Carries on until nothing is left to do at this moment, then says when to be woken.
     fn settle(&mut self, now: Now, out: &mut Effects) {
         loop {
-            if let Some((waiter, result)) = self.session.answers.pop_front() {
+            // First, so that whatever it ended is not taken for a take-over.
+            if let Some(client) = self.session.ended.take() {
+                self.session_ended(now, client, out);
+            } else if let Some((waiter, result)) = self.session.answers.pop_front() {
                 self.on_answer(now, waiter, result, out);
             } else if let Some(push) = self.session.pushes.pop_front() {
                 self.on_push(now, push, out);
             } else if let Some(event) = self.servers.events.pop_front() {
                 self.on_server_event(now, event, out);
-            } else if std::mem::take(&mut self.session.ended) {
-                out.log.push("the session ended: all leases are lost".to_owned());
-                for key in self.volumes.keys() {
-                    self.with_volume(now, out, key, |volume, ctx| {
-                        if !volume.is_acquiring() {
-                            volume.die(ctx, BlockError::Fenced);
-                        }
-                    });
-                }
             } else if !self.release.is_empty() {
                 self.send_releases(now, out);
             } else {
@@ -541,6 +535,23 @@ impl ClientCore {
             self.next_wake = Some(at);
             out.wake_at(at);
         }
+    }
+
+    /// Nobody says that any lease was taken over: whether one was shows when it is asked for again.
+    fn session_ended(&mut self, now: Now, client: ClientId, out: &mut Effects) {
+        let held: Vec<u64> = self.volumes.keys().into_iter().filter(|key| self.is_held(*key)).collect();
+        out.log.push(format!(
+            "session {client} ended, because this process was stopped, was cut off from the metadata servers for longer \
+             than a lease lasts, or was revoked; the leases of {} open volumes ran out with it",
+            held.len()
+        ));
+        for key in held {
+            self.with_volume(now, out, key, |volume, ctx| volume.die(ctx, BlockError::Fenced));
+        }
+    }
+
+    fn is_held(&self, key: u64) -> bool {
+        self.volumes.get(key).is_some_and(|volume| volume.death().is_none() && !volume.is_acquiring())
     }
 
     fn note_session(&mut self) {

@@ -95,8 +95,8 @@ pub(crate) struct Session {
     pub(crate) answers: VecDeque<(Waiter, Result<MdsReply, MdsError>)>,
     /// News to hand on, drained by the core.
     pub(crate) pushes: VecDeque<Push>,
-    /// The session ended: every lease is lost. Taken by the core.
-    pub(crate) ended: bool,
+    /// The session that ended: every lease is lost. Taken by the core.
+    pub(crate) ended: Option<ClientId>,
     /// How the last attempt to reach a server ended, per address, for people.
     pub(crate) failures: BTreeMap<SocketAddr, String>,
     /// Attempts that failed since the last success.
@@ -139,7 +139,7 @@ impl Session {
             },
             answers: VecDeque::new(),
             pushes: VecDeque::new(),
-            ended: false,
+            ended: None,
             failures: BTreeMap::new(),
             failed_attempts: 0,
             refused: None,
@@ -244,13 +244,16 @@ impl Session {
         self.link = Link::Down { retry_at: Instant(u64::MAX) };
     }
 
-    fn may_send(&self, call: &Pending) -> bool {
+    fn may_send(&self, call: &Pending, now: Instant) -> bool {
         match call.request {
             MdsRequest::SessionOpen { .. } => true,
             _ if call.request.is_read() => true,
             _ => {
                 let span = self.unanswered.keys().next().map_or(0, |oldest| self.next_sequence - oldest);
-                self.client.is_some() && (call.sequence != 0 || span < CALL_WINDOW)
+                // In a session that may have run out only the renewal is sent: a call that was never sent goes on in
+                // the next session, one that was sent would have an unknown outcome.
+                let renews = matches!(call.request, MdsRequest::SessionRenew);
+                self.client.is_some() && (call.sequence != 0 || (span < CALL_WINDOW && (renews || self.is_fresh(now))))
             }
         }
     }
@@ -295,7 +298,7 @@ impl Session {
             if call.sent_at.is_some() {
                 continue;
             }
-            if !self.may_send(call) || self.in_flight >= 4 * CALL_WINDOW as usize {
+            if !self.may_send(call, io.now) || self.in_flight >= 4 * CALL_WINDOW as usize {
                 kept.push_back(id);
                 continue;
             }
@@ -558,7 +561,7 @@ impl Session {
     /// The session is over: leases are lost; calls of unknown outcome end, the others go on in a new session.
     fn lost_session(&mut self, io: &mut Io<'_>) {
         let client = self.client.take().expect("only an open session ends");
-        self.ended = true;
+        self.ended = Some(client);
         self.renewed_at = None;
         self.nonce = io.rng.next_u64();
         let over: Vec<u64> = self

@@ -56,6 +56,7 @@ struct VolumeInner {
     fenced: Cell<bool>,
     closed: Cell<bool>,
     recall_hooks: RefCell<Vec<RecallHook>>,
+    lost_hooks: RefCell<Vec<Box<dyn FnOnce()>>>,
 }
 
 impl Drop for VolumeInner {
@@ -180,6 +181,8 @@ impl LocalClient {
             Notice::Fenced(handle) => {
                 if let Some(volume) = self.volume(handle) {
                     volume.0.fenced.set(true);
+                    let hooks = std::mem::take(&mut *volume.0.lost_hooks.borrow_mut());
+                    hooks.into_iter().for_each(|hook| hook());
                 }
             }
             Notice::Resized(handle, size) => {
@@ -272,6 +275,7 @@ impl LocalClient {
             fenced: Cell::new(false),
             closed: Cell::new(false),
             recall_hooks: RefCell::default(),
+            lost_hooks: RefCell::default(),
         }));
         // Opens of one volume share a handle number; news go to the last of them.
         self.0.volumes.borrow_mut().insert(handle, Rc::downgrade(&volume.0));
@@ -345,6 +349,16 @@ impl LocalVolume {
     /// Calls `hook` when another client wants the lease, with the mode it wants.
     pub fn on_recall(&self, hook: impl FnMut(LeaseMode) + 'static) {
         self.0.recall_hooks.borrow_mut().push(Box::new(hook));
+    }
+
+    /// Calls `hook` when the lease is lost, before the operations under way fail for it; at once when it is lost
+    /// already. To go on, open the volume again; its new epoch is the next one if nobody else had it in between.
+    pub fn on_lost(&self, hook: impl FnOnce() + 'static) {
+        if self.is_fenced() {
+            hook();
+        } else {
+            self.0.lost_hooks.borrow_mut().push(Box::new(hook));
+        }
     }
 
     /// True when the lease is lost: every operation answers [`BlockError::Fenced`].

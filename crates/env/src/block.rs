@@ -103,8 +103,9 @@ pub enum BlockError {
     /// No space in the cluster, and the volume was opened to fail rather than wait.
     #[error("no space left in the cluster")]
     NoSpace,
-    /// Another client took the lease over, or an operator revoked it.
-    #[error("the lease of this volume was taken over by another client")]
+    /// The lease is lost: another client took it over, an operator revoked it, or it ran out while this client was
+    /// stopped or cut off.
+    #[error("the lease of this volume was lost; the log says why")]
     Fenced,
     /// [`BlockOp::CompareAndWrite`] found other bytes; `offset` is the first that differs, from the start of the range.
     #[error("compare-and-write found other data at byte {offset} of the range")]

@@ -10,7 +10,7 @@ use crate::config::{UNSETTLED_BYTES_MAX, UNSETTLED_MAX, UNSETTLED_TOTAL_MAX};
 use crate::io::Ctx;
 use crate::servers::{CallFor, Owner};
 use crate::timers::Timer;
-use cairn_env::block::{BlockError, BlockReply};
+use cairn_env::block::BlockReply;
 use cairn_stdx::planted;
 use cairn_types::{Duration, Sequence};
 use cairn_wire::cs::{CsError, CsReply, CsRequest};
@@ -79,7 +79,7 @@ impl Volume {
         self.note_durable(ctx, slot, reply);
         match reply.status {
             DataStatus::Ok => {}
-            DataStatus::StaleEpoch => return self.die(ctx, BlockError::Fenced),
+            DataStatus::StaleEpoch => return self.taken_over(ctx),
             DataStatus::NotFenced => {
                 self.server_mut(slot).fence = Fence::No;
                 self.ask_fence(ctx, slot);
@@ -185,7 +185,7 @@ impl Volume {
     pub(super) fn on_settled(&mut self, ctx: &mut Ctx<'_>, result: Result<CsReply, CsError>) {
         self.settles_unanswered = self.settles_unanswered.saturating_sub(1);
         if let Err(CsError::StaleEpoch { .. }) = result {
-            self.die(ctx, BlockError::Fenced);
+            self.taken_over(ctx);
         }
     }
 }

@@ -167,9 +167,8 @@ impl Volume {
     }
 
     /// The chunks `first..end` do not exist any more. `holes`: they are known to be holes now.
-    pub(super) fn forget_chunks(&mut self, first: u64, end: u64, holes: bool) {
-        self.drop_revived(first, end);
-        self.tracker.drop_chunks(first, end);
+    pub(super) fn forget_chunks(&mut self, ctx: &mut Ctx<'_>, first: u64, end: u64, holes: bool) {
+        self.forget_writes(ctx, first, end);
         let mut order = std::mem::take(&mut self.chunk_order);
         for index in order.iter().filter(|index| (first..end).contains(*index)) {
             let chunk = self.chunks.get_mut(index).expect("the order names what is cached");
@@ -375,7 +374,7 @@ impl Volume {
                 self.count_prepared(ctx, index);
             }
             Err(CsError::StaleEpoch { .. }) => {
-                self.die(ctx, BlockError::Fenced);
+                self.taken_over(ctx);
             }
             Err(error) => {
                 // Whatever went wrong, this round is over; the next begins with a fresh look.
@@ -512,8 +511,7 @@ impl Volume {
             // Dropped behind our back: a truncation we have not been told of yet.
             chunk.entry = None;
             chunk.ready = false;
-            self.drop_revived(index, index + 1);
-            self.tracker.drop_chunks(index, index + 1);
+            self.forget_writes(ctx, index, index + 1);
         }
         let unchanged = again && found && self.chunk(index).entry.as_ref().map(|entry| entry.version) == before;
         let urgent = self.chunk(index).raise || !unchanged;

@@ -285,13 +285,14 @@ impl Volume {
         let State::Acquiring { deadline, again } = self.state else { return };
         match result {
             Ok(MdsReply::Lease(grant)) => self.begin(ctx, grant),
-            Err(MdsError::Held { holder, .. }) if ctx.io.now >= deadline => {
-                let volume = self.id;
-                self.fail_open(ctx, OpenError::Held { volume, holder });
-            }
-            Err(MdsError::Held { .. }) => {
+            // Asked for in a session that has ended since: the next one asks again.
+            Err(MdsError::Held { .. }) | Err(MdsError::SessionEnded(_)) if ctx.io.now < deadline => {
                 ctx.io.timers.after(ctx.io.now, again, Timer::Acquire(self.key));
                 self.state = State::Acquiring { deadline, again: (again * 2).min(ACQUIRE_AGAIN_MAX) };
+            }
+            Err(MdsError::Held { holder, .. }) => {
+                let volume = self.id;
+                self.fail_open(ctx, OpenError::Held { volume, holder });
             }
             Err(error) => self.fail_open(ctx, OpenError::Mds(error)),
             Ok(other) => {
@@ -410,7 +411,7 @@ impl Volume {
                 }
                 self.check_fenced(ctx);
             }
-            Err(CsError::StaleEpoch { .. }) => self.die(ctx, BlockError::Fenced),
+            Err(CsError::StaleEpoch { .. }) => self.taken_over(ctx),
             Err(CsError::DiskFailed(_)) => {
                 self.server_mut(slot).fence = Fence::No;
                 self.fail_server(ctx, slot);
@@ -492,6 +493,14 @@ impl Volume {
         assert!(self.ops.is_empty(), "a lease is given back only at rest");
     }
 
+    /// A server knows a later epoch than ours.
+    pub(super) fn taken_over(&mut self, ctx: &mut Ctx<'_>) {
+        if self.death().is_none() {
+            ctx.log(format!("the lease of {} was taken over by another client ({})", self.id, self.epoch));
+            self.die(ctx, BlockError::Fenced);
+        }
+    }
+
     /// The lease is lost, or the volume closed by force: everything under way fails with `error`.
     pub(crate) fn die(&mut self, ctx: &mut Ctx<'_>, error: BlockError) {
         if matches!(self.state, State::Dead(_)) {
@@ -500,7 +509,6 @@ impl Volume {
         let was_ours = !matches!(self.state, State::Acquiring { .. });
         self.state = State::Dead(error.clone());
         if error == BlockError::Fenced && was_ours {
-            ctx.log(format!("the lease of {} was taken over by another client ({})", self.id, self.epoch));
             ctx.done.push(Completion::Notice(Notice::Fenced(VolumeHandle(self.key))));
         }
         for (_, done) in std::mem::take(&mut self.openers) {
@@ -543,11 +551,10 @@ impl Volume {
         if self.death().is_some() {
             return;
         }
-        if let Err(MdsError::SessionEnded(_) | MdsError::StaleEpoch { .. }) = &result
-            && !matches!(self.state, State::Acquiring { .. })
-        {
-            self.die(ctx, BlockError::Fenced);
-            return;
+        match &result {
+            Err(MdsError::SessionEnded(_)) if !self.is_acquiring() => return self.die(ctx, BlockError::Fenced),
+            Err(MdsError::StaleEpoch { .. }) if !self.is_acquiring() => return self.taken_over(ctx),
+            _ => {}
         }
         match call {
             VolumeCall::Acquire => self.on_acquired(ctx, result),
@@ -617,7 +624,8 @@ impl Volume {
         self.size = size;
         if shrunk {
             let first = size.div_ceil(self.chunk_blocks * BLOCK_SIZE_U64);
-            self.forget_chunks(first, u64::MAX, false);
+            self.forget_chunks(ctx, first, u64::MAX, false);
+            self.advance(ctx);
             self.pump(ctx);
         }
     }

@@ -381,7 +381,7 @@ impl Volume {
         let (first, count) = range;
         match result {
             Ok(_) => {
-                self.forget_chunks(first, first + count, true);
+                self.forget_chunks(ctx, first, first + count, true);
                 self.advance(ctx);
                 self.less_left(ctx, op, None);
             }

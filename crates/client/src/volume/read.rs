@@ -252,7 +252,7 @@ impl Volume {
         let detail = ChunkVersion(reply.detail);
         match status {
             DataStatus::StaleEpoch => {
-                self.die(ctx, BlockError::Fenced);
+                self.taken_over(ctx);
                 return;
             }
             DataStatus::NotFenced => {
@@ -299,7 +299,7 @@ impl Volume {
         match reply.status {
             DataStatus::Ok => self.note_durable(ctx, slot, reply),
             DataStatus::StaleEpoch => {
-                self.die(ctx, BlockError::Fenced);
+                self.taken_over(ctx);
                 return;
             }
             DataStatus::NotFenced => {
@@ -449,7 +449,7 @@ impl Volume {
                     None => self.end_extents(ctx, id, runs),
                 }
             }
-            Err(CsError::StaleEpoch { .. }) => self.die(ctx, BlockError::Fenced),
+            Err(CsError::StaleEpoch { .. }) => self.taken_over(ctx),
             Err(error) => {
                 match error {
                     CsError::VersionMismatch { .. } => {

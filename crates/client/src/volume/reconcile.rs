@@ -12,7 +12,6 @@ use super::{Fence, State, Volume, VolumeCall};
 use crate::io::Ctx;
 use crate::servers::{CallFor, Owner};
 use crate::timers::Timer;
-use cairn_env::block::BlockError;
 use cairn_stdx::planted;
 use cairn_types::{ChunkId, ChunkVersion, Duration, Epoch, Sequence};
 use cairn_wire::cs::{CsError, CsReply, CsRequest, TailEntry};
@@ -249,7 +248,7 @@ impl Volume {
                     self.ask_tail(ctx, slot, skip);
                 }
             }
-            Err(CsError::StaleEpoch { .. }) => self.die(ctx, BlockError::Fenced),
+            Err(CsError::StaleEpoch { .. }) => self.taken_over(ctx),
             Err(CsError::NotFenced(_)) => {
                 self.server_mut(slot).fence = Fence::No;
                 self.ask_fence(ctx, slot);

@@ -6,7 +6,6 @@ use crate::io::Ctx;
 use crate::servers::{Owner, Packet};
 use crate::timers::Timer;
 use cairn_env::Buf;
-use cairn_env::block::BlockError;
 use cairn_stdx::checksum::crc64;
 use cairn_stdx::planted;
 use cairn_types::{BLOCK_SIZE, ChunkVersion, Duration, Instant, Sequence};
@@ -193,8 +192,33 @@ impl Volume {
         chunks
     }
 
+    /// The chunks `first..end` are gone: their writes need nobody. One under way came before what dropped the chunk, as
+    /// nobody can tell otherwise, and has ended with it. One not sent yet goes to the chunk that takes the place.
+    pub(super) fn forget_writes(&mut self, ctx: &mut Ctx<'_>, first: u64, end: u64) {
+        self.drop_revived(first, end);
+        self.tracker.drop_chunks(first, end);
+        let doomed = |part: &Part| match &part.body {
+            // One that is being taken back ends with the operation that does it.
+            Body::Write(write) => (first..end).contains(&part.index) && write.sequence != 0 && !write.undoing,
+            _ => false,
+        };
+        let ids: Vec<u64> = self.parts.iter().filter(|(_, part)| doomed(part)).map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(Part { body: Body::Write(write), .. }) = self.parts.get(id) else { continue };
+            let sequence = write.sequence;
+            let key = self.key;
+            for target in &write.targets {
+                let mine =
+                    |owner: &Owner| matches!(owner, Owner::Write { volume, part, .. } if (*volume, *part) == (key, id));
+                ctx.servers.cancel(self.servers[target.slot as usize].number, mine);
+            }
+            self.tracker.void(sequence);
+            self.finish_part(ctx, id, Ok(None));
+        }
+    }
+
     /// Forgets what was to be sent again to chunks that are gone.
-    pub(super) fn drop_revived(&mut self, first: u64, end: u64) {
+    fn drop_revived(&mut self, first: u64, end: u64) {
         let doomed = |part: &Part| part.revived && (first..end).contains(&part.index);
         let ids: Vec<u64> = self.parts.iter().filter(|(_, part)| doomed(part)).map(|(id, _)| id).collect();
         for id in ids {
@@ -377,7 +401,7 @@ impl Volume {
                 }
                 self.on_no_space(ctx, id);
             }
-            DataStatus::StaleEpoch => self.die(ctx, BlockError::Fenced),
+            DataStatus::StaleEpoch => self.taken_over(ctx),
             DataStatus::DiskFailed => {
                 self.fail_server(ctx, slot);
                 self.retry_soon(ctx, id, LATER);

@@ -189,6 +189,65 @@ fn a_paused_holder_is_fenced_and_neither_reads_nor_writes() {
     check(&mut world, client, again, 70);
 }
 
+/// Nobody took over: nobody says so, and the volume is opened again with all that was acknowledged.
+#[test]
+fn after_a_pause_longer_than_the_lease_the_volume_can_be_opened_again() {
+    for seed in 150..156 {
+        let (mut world, client, volume, handle) = ready(seed, 3);
+        fill(&mut world, client, handle, 1);
+        world.flush(client, handle);
+        fill(&mut world, client, handle, 60);
+        let (_, lost, _) = world.client(client, |core| core.volume(handle)).unwrap();
+        world.pause(client, true);
+        world.run_for(30 * SECOND);
+        world.pause(client, false);
+        // A call made before it is known that the session has ended goes on in the next one.
+        world.create_volume(client, "another", 1 << 20, "3:2");
+        let late = BlockOp::Write { offset: 0, data: Buf::copy_from(&[7; 4096]), fua: false };
+        let late = world.submit(client, handle, late);
+        assert_eq!(world.finish(late, 20 * SECOND).unwrap_err(), BlockError::Fenced);
+        let again = world.open(client, volume);
+        let (_, epoch, _) = world.client(client, |core| core.volume(again)).unwrap();
+        assert_eq!(epoch.0, lost.0 + 1, "nobody had it in between");
+        check(&mut world, client, again, 60);
+        world.close(client, handle, false);
+        fill(&mut world, client, again, 90);
+        check(&mut world, client, again, 90);
+        assert!(world.log.iter().any(|line| line.contains("ended, because")), "{}", world.log.join("\n"));
+        assert!(!world.log.iter().any(|line| line.contains("taken over")), "{}", world.log.join("\n"));
+    }
+}
+
+/// The chunk of a write under way is dropped by another call of the same client: the write ends with it.
+#[test]
+fn a_write_whose_chunk_is_dropped_under_it_ends() {
+    for seed in 160..164 {
+        let (mut world, client, volume, handle) = ready(seed, 3);
+        world.write(client, handle, 10 * CHUNK, &[1; 4096]);
+        world.write(client, handle, CHUNK, &[2; 4096]);
+        world.partition(client, 2, true);
+        let data = Buf::copy_from(&[3; 8192]);
+        let write = world.submit(client, handle, BlockOp::Write { offset: 10 * CHUNK, data, fua: seed % 2 == 0 });
+        let flush = world.submit(client, handle, BlockOp::Flush);
+        world.run_for(10 * MS);
+        assert!(!world.is_done(write));
+        world.call(client, MdsRequest::VolumeResize { volume, size: 4 * CHUNK, shrink: true }).unwrap();
+        world.with(client, |core, now, out| core.set_size(now, handle, 4 * CHUNK, out));
+        world.finish(write, SECOND).unwrap();
+        world.partition(client, 2, false);
+        world.finish(flush, 20 * SECOND).unwrap();
+        // The chunk that takes the place knows nothing of it.
+        world.call(client, MdsRequest::VolumeResize { volume, size: 16 * CHUNK, shrink: false }).unwrap();
+        world.with(client, |core, now, out| core.set_size(now, handle, 16 * CHUNK, out));
+        world.write(client, handle, 10 * CHUNK + 8192, &[4; 4096]);
+        assert_eq!(world.read(client, handle, 10 * CHUNK, 8192).unwrap(), [0; 8192]);
+        assert_eq!(world.read(client, handle, CHUNK, 4096).unwrap(), [2; 4096]);
+        world.close(client, handle, true);
+        let again = world.open(client, volume);
+        assert_eq!(world.read(client, again, 10 * CHUNK + 8192, 4096).unwrap(), [4; 4096]);
+    }
+}
+
 #[test]
 fn a_holder_cut_off_from_the_metadata_servers_goes_on_verified_until_it_is_fenced() {
     let (mut world, client, volume, handle) = ready(16, 3);
