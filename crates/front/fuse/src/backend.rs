@@ -49,6 +49,9 @@ pub trait Volume {
     /// Calls `notify` whenever somebody else asks for the lease.
     fn on_recall(&self, notify: Box<dyn FnMut(LeaseMode)>);
 
+    /// Calls `notify` once when the lease is lost, before operations fail for it.
+    fn on_lost(&self, notify: Box<dyn FnOnce()>);
+
     /// Flushes and settles; the lease goes back when convenient, together with others.
     fn close(&self, done: CloseDone);
 

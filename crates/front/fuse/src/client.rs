@@ -72,6 +72,10 @@ impl Volume for ClientVolume {
         self.0.on_recall(notify);
     }
 
+    fn on_lost(&self, notify: Box<dyn FnOnce()>) {
+        self.0.on_lost(notify);
+    }
+
     fn close(&self, done: CloseDone) {
         self.0.clone().close_with(move || done(Ok(())));
     }

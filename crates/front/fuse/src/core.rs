@@ -62,9 +62,11 @@ pub(crate) struct Handle {
     pub file: Rc<File>,
     /// Opened for writing.
     pub writer: bool,
-    /// Value of [`File::fences`] at open: a writer whose lease was lost since must not go on as if nothing had
-    /// happened.
-    pub fences: u64,
+    /// Value of [`File::fences`] at open, or later while it was not used: a writer whose lease was lost since must not
+    /// go on as if nothing had happened.
+    pub fences: Cell<u64>,
+    /// Something was read or written through it.
+    pub used: Cell<bool>,
 }
 
 /// State of one mount.

@@ -94,8 +94,9 @@ impl Core {
         block_errno(error)
     }
 
-    /// The lease was lost to another client. What this mount knew of the file is void; writers learn it by `EIO`.
-    fn fenced(self: &Rc<Self>, file: &Rc<File>, lost: &Rc<dyn Volume>) {
+    /// The lease was lost. What this mount knew of the file is void; writers learn it by `EIO`. The next use of the
+    /// file asks for the lease anew.
+    pub(crate) fn fenced(self: &Rc<Self>, file: &Rc<File>, lost: &Rc<dyn Volume>) {
         let is_current = match &*file.lease.borrow() {
             Lease::Held { volume, .. } => Rc::ptr_eq(volume, lost),
             _ => false,
@@ -114,6 +115,8 @@ impl Core {
         self.notify(file.inode, true, Box::new(|_| ()));
         if !file.waiters.borrow().is_empty() {
             self.start_open(file);
+        } else {
+            self.drop_if_unused(file);
         }
     }
 

@@ -42,6 +42,13 @@ impl Core {
                 core.recall(&file, &volume, wanted);
             }
         }));
+        let (core, lost) = (Rc::downgrade(self), Rc::downgrade(file));
+        let held = Rc::downgrade(&volume);
+        volume.on_lost(Box::new(move || {
+            if let (Some(core), Some(file), Some(volume)) = (core.upgrade(), lost.upgrade(), held.upgrade()) {
+                core.fenced(&file, &volume);
+            }
+        }));
         file.size.set(volume.size());
         file.append_end.set(volume.size());
         file.owned.set(false);

@@ -88,10 +88,17 @@ impl Core {
         }
     }
 
-    /// The handle of an operation, unless the lease it wrote under was lost since it was opened.
-    fn live_handle(&self, number: u64) -> Result<Rc<Handle>, Errno> {
+    /// The handle of an operation, unless the lease it was used under as a writer was lost since. One that nothing was
+    /// done with has nothing to lose: it may have been opened before it was known here that the lease was lost.
+    pub fn live_handle(&self, number: u64) -> Result<Rc<Handle>, Errno> {
         let handle = self.handle(number)?;
-        if handle.writer && handle.fences != handle.file.fences.get() { Err(Errno::EIO) } else { Ok(handle) }
+        let fences = handle.file.fences.get();
+        if handle.writer && handle.used.get() && handle.fences.get() != fences {
+            return Err(Errno::EIO);
+        }
+        handle.fences.set(fences);
+        handle.used.set(true);
+        Ok(handle)
     }
 
     /// Reads up to `len` bytes; fewer only at the end of the file.

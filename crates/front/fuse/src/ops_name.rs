@@ -7,6 +7,7 @@ use crate::ops_file::{Opened, open_flags};
 use cairn_types::InodeId;
 use cairn_wire::mds::{Attr, InodeKind, MdsError, MdsReply, MdsRequest, NAME_MAX, RenameMode, SYMLINK_MAX, SetAttr};
 use fuser::Errno;
+use std::cell::Cell;
 use std::rc::Rc;
 
 /// What a new inode is to be.
@@ -113,7 +114,8 @@ impl Core {
     /// Enters a handle of a file whose handle count already includes it.
     pub fn enter_handle(&self, file: &Rc<File>, writer: bool) -> u64 {
         let number = self.new_handle();
-        let handle = Handle { file: Rc::clone(file), writer, fences: file.fences.get() };
+        let handle =
+            Handle { file: Rc::clone(file), writer, fences: Cell::new(file.fences.get()), used: Cell::new(false) };
         self.handles.borrow_mut().insert(number, Rc::new(handle));
         number
     }

@@ -39,9 +39,8 @@ struct Copy {
 impl Core {
     /// `fallocate(2)`. Volumes are thin, so mode 0 only grows the file: it does not reserve space.
     pub fn fallocate(self: &Rc<Self>, number: u64, offset: u64, len: u64, mode: i32, done: Done<()>) {
-        let file = match self.handle(number) {
-            Ok(handle) if handle.fences == handle.file.fences.get() => Rc::clone(&handle.file),
-            Ok(_) => return done(Err(Errno::EIO)),
+        let file = match self.live_handle(number) {
+            Ok(handle) => Rc::clone(&handle.file),
             Err(errno) => return done(Err(errno)),
         };
         let end = match offset.checked_add(len) {
@@ -118,7 +117,7 @@ impl Core {
 
     /// Copies inside the cluster's client: the data never passes through the kernel. May copy less than asked.
     pub fn copy_range(self: &Rc<Self>, from: CopyEnd, to: CopyEnd, len: u64, caller: Caller, done: Done<u32>) {
-        let (source, target) = match (self.handle(from.handle), self.handle(to.handle)) {
+        let (source, target) = match (self.live_handle(from.handle), self.live_handle(to.handle)) {
             (Ok(source), Ok(target)) => (Rc::clone(&source.file), Rc::clone(&target.file)),
             (Err(errno), _) | (_, Err(errno)) => return done(Err(errno)),
         };

@@ -82,6 +82,25 @@ fn a_lost_lease_fails_its_writers_and_nobody_else() {
 }
 
 #[test]
+fn after_a_lost_lease_nobody_took_over_new_opens_work_at_once() {
+    let Some((cluster, a, _b)) = two("") else { return };
+    let here = a.path().join("f");
+    fs::write(&here, b"old content").expect("write");
+    let used = OpenOptions::new().read(true).write(true).open(&here).expect("open");
+    used.write_all_at(b"OLD", 0).expect("write");
+    used.sync_all().expect("sync");
+    let unused = OpenOptions::new().write(true).open(&here).expect("open");
+    cluster.fence_all();
+    let fresh = OpenOptions::new().read(true).write(true).open(&here).expect("a new open");
+    fresh.write_all_at(b"NEW", 8).expect("acquires anew");
+    unused.write_all_at(b"-", 3).expect("nothing was done through it under the lost lease");
+    let refused = used.write_all_at(b"late", 0).expect_err("it may have lost what it wrote");
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO));
+    drop((used, fresh, unused));
+    assert_eq!(fs::read(&here).expect("read"), b"OLD-contNEW");
+}
+
+#[test]
 fn names_and_attributes_follow_within_their_time_to_live() {
     let Some((_cluster, a, b)) = two("") else { return };
     fs::create_dir(a.path().join("d")).expect("mkdir");

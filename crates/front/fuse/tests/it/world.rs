@@ -71,6 +71,7 @@ struct MemVolume {
     size: Cell<u64>,
     mode: LeaseMode,
     recall: RefCell<Option<RecallHook>>,
+    lost: RefCell<Option<Box<dyn FnOnce()>>>,
 }
 
 impl Cluster {
@@ -235,6 +236,10 @@ impl World {
                 self.contents.borrow_mut().entry(volume.id).or_default().fenced.insert(volume.epoch);
                 let leases = vec![(volume.id, volume.epoch, false)];
                 let _ = self.call(&session, MdsRequest::LeaseRelease { leases });
+                let lost = volume.lost.borrow_mut().take();
+                if let Some(lost) = lost {
+                    lost();
+                }
             }
         }
     }
@@ -291,6 +296,7 @@ impl MemVolume {
             size: Cell::new(grant.size),
             mode: grant.mode,
             recall: RefCell::new(None),
+            lost: RefCell::new(None),
         });
         session.volumes.borrow_mut().insert(grant.volume, Rc::downgrade(&volume));
         volume
@@ -351,6 +357,10 @@ impl Volume for MemVolume {
 
     fn on_recall(&self, notify: Box<dyn FnMut(LeaseMode)>) {
         *self.recall.borrow_mut() = Some(notify);
+    }
+
+    fn on_lost(&self, notify: Box<dyn FnOnce()>) {
+        *self.lost.borrow_mut() = Some(notify);
     }
 
     fn close(&self, done: CloseDone) {
