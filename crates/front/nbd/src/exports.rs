@@ -98,6 +98,21 @@ impl Exports {
         Some(Drained { exports: self.clone(), connections })
     }
 
+    /// Serves another device as `name` from now on. Who is connected is disconnected as by [`Exports::remove`]: its
+    /// requests go to the old device to the end. None when there is no such export.
+    pub fn replace(&self, name: &str, device: Rc<dyn BlockDevice>) -> Option<Drained> {
+        let connections: Vec<_> = {
+            let mut entries = self.0.entries.borrow_mut();
+            let entry = entries.get_mut(name)?;
+            entry.device = device;
+            std::mem::take(&mut entry.connections).iter().filter_map(Weak::upgrade).collect()
+        };
+        for connection in &connections {
+            connection.begin_shutdown();
+        }
+        Some(Drained { exports: self.clone(), connections })
+    }
+
     /// The names, in order.
     pub fn names(&self) -> Vec<String> {
         self.0.entries.borrow().keys().cloned().collect()

@@ -18,6 +18,7 @@
 mod connection;
 mod execute;
 mod exports;
+mod gate;
 mod input;
 mod notice;
 mod server;
@@ -26,6 +27,7 @@ mod tls;
 mod transport;
 
 pub use exports::{Drained, ExportOptions, Exports, InsertError};
+pub use gate::Gate;
 pub use notice::{Ending, Notice};
 pub use server::{NbdServer, ServerConfig};
 pub use tls::{Tls, TlsError};

@@ -63,7 +63,7 @@ impl fmt::Display for Ending {
         match self {
             Ending::Left => f.write_str("the client left"),
             Ending::Closed => f.write_str("the client closed the connection"),
-            Ending::ShutDown => f.write_str("the export was shut down"),
+            Ending::ShutDown => f.write_str("the export was shut down or lost its volume"),
             Ending::Killed => f.write_str("cut off with requests under way"),
             Ending::HandshakeTimeout => f.write_str("no export was chosen in time"),
             Ending::Protocol(error) => write!(f, "protocol error: {error}"),

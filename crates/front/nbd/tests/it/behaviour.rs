@@ -3,7 +3,7 @@
 use crate::client::{Client, DISC, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES};
 use crate::device::{Answers, MemDevice};
 use crate::{Fixture, on_one_thread};
-use cairn_nbd::{ExportOptions, InsertError};
+use cairn_nbd::{ExportOptions, Gate, InsertError};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -41,6 +41,36 @@ fn data_written_is_read_back_whatever_the_size_and_the_moment_of_the_answer() {
             }
         });
     }
+}
+
+/// A lost volume is replaced: who was connected is answered and goes, who comes waits for the new one.
+#[test]
+fn a_replaced_device_ends_its_connections_and_new_ones_wait_for_the_next() {
+    on_one_thread(async {
+        let fixture = Fixture::start(MemDevice::new(MIB)).await;
+        let mut old = Client::connect(&fixture.socket, "disk").await.unwrap();
+        assert_eq!(old.write(0, 0, &[1; 4096]).await, 0);
+        let gate = Rc::new(Gate::new(MIB, false));
+        let drained = fixture.exports.replace("disk", gate.clone()).expect("it is exported");
+        drained.wait().await;
+        let mut new = Client::connect(&fixture.socket, "disk").await.unwrap();
+        assert_eq!(new.size, MIB);
+        let next = Rc::new(MemDevice::new(2 * MIB));
+        let waits = tokio::time::timeout(Duration::from_millis(50), new.write(0, 0, &[2; 4096])).await;
+        assert!(waits.is_err(), "nothing answers before the device is there");
+        assert_eq!(fixture.device.data()[..4096], [1; 4096], "the old device gets nothing more");
+        gate.open(next.clone());
+        until("the write reaches the next device", || next.data()[..4096] == [2; 4096]).await;
+        let last = Client::connect(&fixture.socket, "disk").await.unwrap();
+        assert_eq!(last.size, 2 * MIB);
+
+        let refused = Rc::new(Gate::new(MIB, false));
+        fixture.exports.replace("disk", refused.clone()).expect("it is exported");
+        let mut client = Client::connect(&fixture.socket, "disk").await.unwrap();
+        refused.fail();
+        assert_eq!(client.write(0, 0, &[3; 4096]).await, 5, "EIO");
+        assert!(fixture.exports.replace("other", refused).is_none());
+    });
 }
 
 #[test]
