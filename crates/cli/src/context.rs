@@ -110,6 +110,9 @@ impl Context {
 
     /// Configuration of a client session.
     pub fn client_config(&self, kind: SessionKind, purpose: &str) -> Result<ClientConfig> {
+        if !self.mds_addr.is_empty() {
+            self.mds()?; // What was typed wrong comes first.
+        }
         self.client_config_with_key(self.key()?, kind, purpose)
     }
 
@@ -167,8 +170,10 @@ pub fn address(text: &str, port: u16) -> Result<SocketAddr> {
         }
         None => (text, port),
     };
-    let found = (host, port).to_socket_addrs().with_context(|| format!("resolve `{text}`"))?.next();
-    found.with_context(|| format!("`{text}` has no address"))
+    let found = (host, port).to_socket_addrs();
+    let found =
+        found.map_err(|error| usage(format!("`{text}` is neither an address nor a known host name: {error}")))?;
+    found.into_iter().next().ok_or_else(|| usage(format!("`{text}` has no address")))
 }
 
 /// The answer was not of the kind the request promises: a version mix-up.

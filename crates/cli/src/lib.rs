@@ -116,7 +116,7 @@ pub fn main() -> i32 {
     match dispatch(&cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("cairn: {error:#}");
+            eprintln!("cairn: {}", exit::in_words(&error));
             exit::code_of(&error)
         }
     }

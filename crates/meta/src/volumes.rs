@@ -25,9 +25,10 @@ fn check_name(name: &str) -> Result<(), MdsError> {
         || digits
         || matches!(name, "." | "..")
         || name.chars().any(|c| c.is_control() || c == '/')
+        || name.trim() != name
     {
         return Err(MdsError::Invalid(format!(
-            "a volume name has 1 to {VOLUME_NAME_MAX} bytes, no `/` or control characters, and is not `.`, `..` or a number"
+            "a volume name has 1 to {VOLUME_NAME_MAX} bytes, no `/`, no control characters, no space at either end, and is not `.`, `..` or a number"
         )));
     }
     Ok(())

@@ -12,7 +12,8 @@ pub mod report;
 mod suite;
 
 use crate::context::Context as Cluster;
-use anyhow::{Context, Result, bail};
+use crate::exit::usage;
+use anyhow::{Context, Result};
 use baseline::RawFile;
 use clap::Args;
 use cpu::Meter;
@@ -84,13 +85,13 @@ impl BenchArgs {
             "read" => (false, Direction::Read),
             "write" => (false, Direction::Write),
             "rw" => (false, Direction::Mixed(self.rwmixread)),
-            other => bail!("--rw {other}: use randread, randwrite, randrw, read, write or rw"),
+            other => return Err(usage(format!("--rw {other}: use randread, randwrite, randrw, read, write or rw"))),
         };
         if self.bs == 0 || self.bs > 64 << 20 || !self.bs.is_multiple_of(512) {
-            bail!("--bs {}: use a multiple of 512 up to 64M", self.bs);
+            return Err(usage(format!("--bs {}: use a multiple of 512 up to 64M", self.bs)));
         }
         if self.iodepth == 0 || self.iodepth > 1024 || self.jobs == 0 || self.jobs > 64 || self.rwmixread > 100 {
-            bail!("--iodepth takes 1 to 1024, --jobs 1 to 64, --rwmixread 0 to 100");
+            return Err(usage("--iodepth takes 1 to 1024, --jobs 1 to 64, --rwmixread 0 to 100"));
         }
         Ok(Shape {
             direction,
@@ -113,7 +114,7 @@ fn raw_dir(args: &BenchArgs) -> PathBuf {
 pub fn run(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
     if let Some(name) = &args.suite {
         if name != "core" {
-            bail!("--suite {name}: the only suite is `core`");
+            return Err(usage(format!("--suite {name}: the only suite is `core`")));
         }
         return suite::run(cluster, args);
     }

@@ -8,7 +8,8 @@ mod children;
 mod layout;
 
 use crate::context::{Context, unexpected};
-use anyhow::{Context as _, Result, bail};
+use crate::verbs::nbd::UNIX_PATH_MAX;
+use anyhow::{Result, bail};
 use cairn_wire::mds::{ClusterStat, CsState, MdsError, MdsReply, MdsRequest, VolumeOptions};
 use children::Children;
 use clap::Args;
@@ -228,8 +229,13 @@ fn how_to_mend(layout: &Layout, label: &str, stat: &ClusterStat) -> String {
 /// Starts NBD server and mount; true when the namespace is mounted.
 fn start_front_ends(args: &QuickstartArgs, layout: &Layout, children: &mut Children<'_>) -> Result<bool> {
     let listen = format!("127.0.0.1:{}", layout.state.nbd_port);
-    let socket = layout.nbd_socket();
-    let words = ["nbd", "serve", DEMO_VOLUME, "--listen", &listen, "--unix", &socket.display().to_string()];
+    let socket = layout.nbd_socket().display().to_string();
+    let mut words = vec!["nbd", "serve", DEMO_VOLUME, "--listen", &listen];
+    if socket.len() <= UNIX_PATH_MAX {
+        words.extend(["--unix", &socket]);
+    } else {
+        eprintln!("note: {socket} is too long for a Unix socket, so {DEMO_VOLUME} is served on TCP only");
+    }
     children.start_front_end("nbd", &nbd_uri(layout), &words)?;
     children.wait_for_nbd(&listen)?;
     if args.no_mount {
@@ -260,7 +266,14 @@ fn run_command(args: &QuickstartArgs, layout: &Layout, mounted: bool) -> Result<
     if mounted {
         command.env("CAIRN_MOUNT", layout.mount_dir());
     }
-    let status = command.status().with_context(|| format!("run {}", args.command[0].to_string_lossy()))?;
+    let status = match command.status() {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("cairn: run {}: {error}", args.command[0].to_string_lossy());
+            // As a shell has it.
+            return Ok(if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 });
+        }
+    };
     Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }
 

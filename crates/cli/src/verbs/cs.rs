@@ -241,6 +241,7 @@ pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
         return Ok(());
     }
     context.block_on(async |client| {
+        let mut told = None;
         loop {
             let MdsReply::Topology { cs: servers, .. } = client.call(MdsRequest::Topology).await? else {
                 bail!("unexpected answer to Topology");
@@ -248,7 +249,11 @@ pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
             let left = servers.iter().find(|info: &&CsInfo| info.cs == cs);
             match left.map(|info| (info.state, info.stats.chunks)) {
                 None | Some((CsState::Dropped, _)) => return Ok(()),
-                Some((CsState::Draining, chunks)) => eprintln!("{chunks} chunks left"),
+                Some((CsState::Draining, chunks)) => {
+                    if told.replace(chunks) != Some(chunks) {
+                        eprintln!("{chunks} chunks left");
+                    }
+                }
                 Some((state, _)) => bail!("{cs} is {}: the removal was cancelled", super::cluster::state_word(state)),
             }
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -280,7 +285,9 @@ fn serve(repository: &Path) -> Result<()> {
     let name = cairn_cs::read_identity(repository)?.cluster_name;
     let files = cairn_client::cluster::ClusterFiles::new(&name)?;
     let options = CsOptions::read(repository)?;
-    let mut config = CsRunConfig::new(repository.to_owned(), name, files.key()?, files.servers()?);
+    // What the cluster shows as its place must mean the same everywhere.
+    let repository = std::fs::canonicalize(repository).with_context(|| format!("resolve {}", repository.display()))?;
+    let mut config = CsRunConfig::new(repository, name, files.key()?, files.servers()?);
     let Place { rack, row, room, site } = options.place;
     config.place = [rack, row, room, site];
     config.listen = Some(options.listen);

@@ -216,6 +216,8 @@ pub fn run(verb: &MdsVerb) -> Result<()> {
     let name = identity.cluster_name.clone();
     let id = identity.id;
     let on_ready = Box::new(move |addr| eprintln!("metadata server {id} of cluster {name} listens on {addr}"));
-    run_daemon(RunConfig { dir: repository.clone(), key, on_ready })?;
+    // What the cluster shows as its place must mean the same everywhere.
+    let dir = std::fs::canonicalize(repository).with_context(|| format!("resolve {}", repository.display()))?;
+    run_daemon(RunConfig { dir, key, on_ready })?;
     Ok(())
 }
