@@ -19,7 +19,7 @@ use crate::links::{Caller, Links};
 use crate::tag::{ChunkTag, CopyState};
 use cairn_env::DiskDone;
 use cairn_stdx::{FixedMap, Rng};
-use cairn_store::{Notice, OpenReport, Store, StoreError, StoreOutput, StoreReply, StoreRequest};
+use cairn_store::{Notice, OpenError, OpenReport, Store, StoreError, StoreOutput, StoreReply, StoreRequest};
 use cairn_types::{ChunkId, ClusterId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{CsStats, Location};
 use cairn_wire::{DiskIndex, Effects, Event, Frame, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
@@ -321,12 +321,7 @@ impl CsCore {
                 match opened {
                     Ok(report) => self.on_opened(now, report, out),
                     Err(error) => {
-                        let reason = format!(
-                            "the chunk store cannot be opened: {error}; `cairn doctor cs {dir}` says what is left of it. If it \
-                             stays so, remove this server with `cairn rm-cs -f` and make a new one: its chunks are copied \
-                             from the others",
-                            dir = self.config.repository
-                        );
+                        let reason = why_not_opened(&self.config.repository, &error);
                         self.stop(reason, out);
                     }
                 }
@@ -700,5 +695,21 @@ impl Process for CsCore {
 impl CsCore {
     fn on_disk(&mut self, now: Now, done: DiskDone) {
         self.store.disk_done(now.mono, done, &mut self.store_out);
+    }
+}
+
+/// What the operator reads when the store cannot be opened, and what to do.
+fn why_not_opened(dir: &str, error: &OpenError) -> String {
+    match error {
+        // The store may well be whole: removing the server would throw good copies away.
+        OpenError::WrongCluster { .. } | OpenError::WrongStore { .. } => format!(
+            "`cs.conf` in {dir} is not of the store beside it: {error}; was another disk mounted, or one of the two copied \
+             there? `cairn doctor cs {dir}` says which store it is. Put the right one of the two back; remove this server \
+             with `cairn rm-cs -f` only if its store is lost"
+        ),
+        error => format!(
+            "the chunk store cannot be opened: {error}; `cairn doctor cs {dir}` says what is left of it. If it stays so, \
+             remove this server with `cairn rm-cs -f` and make a new one: its chunks are copied from the others"
+        ),
     }
 }
