@@ -130,7 +130,8 @@ impl Cluster {
         serde_json::from_str(&text).expect("quickstart.json is JSON")
     }
 
-    fn nbd_port(&self) -> u16 {
+    /// Port of the NBD server.
+    pub fn nbd_port(&self) -> u16 {
         self.state()["nbd_port"].as_u64().expect("a port") as u16
     }
 
@@ -232,6 +233,14 @@ impl Cluster {
         self.pids.lock().expect("not poisoned").push(child.id());
         self.by_hand.retain(|(other, _)| other != label);
         self.by_hand.push((label.to_owned(), child));
+    }
+
+    /// Ends what [`Cluster::run_by_hand`] started, as its operator would, and waits for it.
+    pub fn stop_by_hand(&mut self, label: &str) {
+        let at = self.by_hand.iter().position(|(other, _)| other == label).expect("it was started by hand");
+        let (_, mut child) = self.by_hand.remove(at);
+        process::signal(child.id(), libc::SIGTERM);
+        poll(&format!("{label} stops"), Duration::from_secs(30), || child.try_wait().expect("wait"));
     }
 
     /// Starts `cs2` or `mds1` again.

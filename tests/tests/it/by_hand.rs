@@ -134,6 +134,8 @@ fn a_cluster_is_set_up_and_used_as_the_guide_says() {
     first.wait_for("three chunk servers are active", |stat| active(stat) == 3);
     let listed = third.done(&["list-services"]);
     assert!(addrs.iter().all(|addr| listed.contains(addr.as_str())), "{listed}");
+    let shown = |line: &str| line.split_whitespace().last().is_some_and(|path| path.starts_with('/'));
+    assert!(listed.lines().skip(1).all(shown), "repositories are shown with their full path: {listed}");
     volumes(&third);
     attributes(&third);
     refuses_strangers(&third, &addrs, scratch.path());
@@ -144,6 +146,7 @@ fn volumes(node: &Node) {
     node.done(&["volume", "create", "one", "10G"]);
     node.done(&["volume", "create", "two", "1G", "--replicas", "2", "--chunk-size", "4M"]);
     node.cairn(&["volume", "create", "one", "1G"]).must_fail("a name twice", 1, "one");
+    node.cairn(&["volume", "create", " ", "1G"]).must_fail("a name of nothing", 2, "no space at either end");
     let list = node.json(&["volume", "list"]);
     assert_eq!(list.as_array().map(Vec::len), Some(2), "{list}");
     let info = node.json(&["volume", "info", "two"]);
@@ -287,6 +290,9 @@ fn mistakes_are_refused_with_their_reason() {
     node.cairn(&["sim"]).must_fail("nothing to simulate", 2, "give one of");
     let words = ["nbd", "serve", "x", "--no-tcp"];
     node.cairn(&words).must_fail("nowhere to listen", 2, "nothing to listen on");
+    node.cairn(&["nbd", "serve", "x", "--listen", "1.2.3.4:x"]).must_fail("no port", 2, "is not a port number");
+    node.cairn(&["--mds-addr", "::::", "stat"]).must_fail("no address", 2, "::::");
+    node.cairn(&["bench", "--bs", "7"]).must_fail("no block size", 2, "--bs 7");
     node.cairn(&["cs", "set-location", "-r", "cs1"]).must_fail("no name", 2, "give at least one");
 
     std::fs::create_dir(scratch.path().join("bad")).expect("make a directory");

@@ -12,6 +12,7 @@ mod mounting;
 mod nbd;
 mod postgres;
 mod quickstart;
+mod stopped;
 mod tools;
 
 /// Ends the test, as passed, with a word why when a tool is not installed.

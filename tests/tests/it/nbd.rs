@@ -10,7 +10,8 @@ use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-fn free_port() -> u16 {
+/// A port nobody listens on.
+pub fn free_port() -> u16 {
     let held = TcpListener::bind("127.0.0.1:0").expect("bind");
     held.local_addr().expect("it is bound").port()
 }
