@@ -82,6 +82,10 @@ pub enum Verb {
     SetConfig(verbs::cluster::SetConfigArgs),
     /// Shows the event log.
     GetEvent(verbs::cluster::GetEventArgs),
+    /// Writes the metadata of the running cluster to a file.
+    BackupMetadata(verbs::backup::BackupArgs),
+    /// Makes the metadata anew from the chunk servers after every metadata server was lost.
+    RecoverMetadata(verbs::recover::RecoverArgs),
     /// Ends a client's session by force and fences it.
     Revoke(verbs::cluster::RevokeArgs),
     /// Block volumes.
@@ -132,7 +136,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Verb::AuthNode(args) => verbs::auth::run(&context, args)?,
         Verb::MakeCs(args) => verbs::cs::make(&context, args)?,
         Verb::RmCs(args) => verbs::cs::remove(&context, args)?,
-        Verb::Cs(verb) => verbs::cs::run(verb)?,
+        Verb::Cs(verb) => verbs::cs::run(&context, verb)?,
         Verb::Mount(args) => verbs::mount::run(&context, args)?,
         Verb::ListServices(args) => verbs::cluster::list_services(&context, args)?,
         Verb::Stat => verbs::cluster::stat(&context)?,
@@ -141,6 +145,8 @@ fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Verb::GetConfig => verbs::cluster::get_config(&context)?,
         Verb::SetConfig(args) => verbs::cluster::set_config(&context, args)?,
         Verb::GetEvent(args) => verbs::cluster::get_event(&context, args)?,
+        Verb::BackupMetadata(args) => verbs::backup::run(&context, args)?,
+        Verb::RecoverMetadata(args) => return verbs::recover::run(&context, args),
         Verb::Revoke(args) => verbs::cluster::revoke(&context, args)?,
         Verb::Volume(verb) => verbs::volume::run(&context, verb)?,
         Verb::Nbd(verb) => verbs::nbd::run(&context, verb)?,

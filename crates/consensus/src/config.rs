@@ -1,6 +1,7 @@
 //! What a node must know before it opens its log.
 
 use crate::members::Member;
+use crate::output::SnapshotMeta;
 use cairn_env::DISK_ALIGNMENT;
 use cairn_types::{ClusterId, Duration, MdsId};
 
@@ -95,4 +96,7 @@ pub enum Initial {
     },
     /// Empty and voting for nobody until a leader adds this node.
     Join,
+    /// Begins after a state image that was made from nothing but what survived a disaster: the state machine starts
+    /// with that image, and whoever joins later receives it.
+    Image(SnapshotMeta),
 }

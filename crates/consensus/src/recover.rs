@@ -51,8 +51,15 @@ pub fn format(config: &Config, instance: u64, initial: &Initial) -> Vec<DiskOp> 
         assert_eq!(members.instance_of(config.id), Some(instance), "a node bootstraps a group that contains it");
     }
     let mut writer = GroupWriter::new(1024);
-    writer.hard_state(&HardState { term: u64::from(!entries.is_empty()), vote: 0, commit: entries.len() as u64 });
-    writer.base(0, 0, &Members::default());
+    if let Initial::Image(meta) = initial {
+        assert!(meta.index > 0 && meta.term > 0, "an image stands at a place in the log");
+        assert_eq!(meta.members.instance_of(config.id), Some(instance), "a node starts a group that contains it");
+        writer.hard_state(&HardState { term: meta.term, vote: 0, commit: meta.index });
+        writer.base(meta.index, meta.term, &meta.members);
+    } else {
+        writer.hard_state(&HardState { term: u64::from(!entries.is_empty()), vote: 0, commit: entries.len() as u64 });
+        writer.base(0, 0, &Members::default());
+    }
     if !entries.is_empty() {
         writer.entries(1, entries.len(), entries.iter());
     }

@@ -16,6 +16,7 @@ pub mod disk;
 mod fill;
 mod link;
 pub mod log;
+pub mod offline;
 mod output;
 pub mod reactor;
 mod ring;
@@ -23,5 +24,6 @@ mod socket;
 mod sys;
 
 pub use disk::{Disk, DiskOptions, OpenDiskError};
+pub use offline::OfflineDisk;
 pub use reactor::{Identity, Reactor, ReactorConfig, ReactorOptions, Stats, Stopped, block_on_local};
 pub use sys::{free_bytes, random_bytes};

@@ -144,6 +144,10 @@ impl<B: Base> MdsCore<B> {
         }
         match &call.request {
             MdsRequest::MdsStatus => send_answer(asked, &Ok(self.own_status()), effects),
+            &MdsRequest::StatePage { token, page } => {
+                let answer = self.state_page(now, token, page);
+                send_answer(asked, &answer, effects);
+            }
             MdsRequest::SessionRenew => {
                 let answer = self.renew(now, link, call.session);
                 send_answer(asked, &answer, effects);

@@ -60,8 +60,9 @@ impl<B: Base> MdsCore<B> {
         }
         let status = self.consensus.status();
         let log_full = status.live_bytes > self.config.log.leader_live_max() / 2;
-        let grown = self.meta.kv_mut().active_bytes() > self.config.checkpoint_bytes;
-        if !(log_full || grown) || self.meta.kv_mut().active_bytes() == 0 {
+        let changed = self.meta.kv().active_bytes();
+        let wanted = self.backups.wants_checkpoint(self.meta.kv().base().mark().index);
+        if !(wanted || changed > 0 && (log_full || changed > self.config.checkpoint_bytes)) {
             return;
         }
         let Some(meta) = self.consensus.snapshot_meta(self.applied) else { return };

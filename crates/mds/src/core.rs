@@ -1,5 +1,6 @@
 //! The server's core: events in, effects out.
 
+use crate::backup::Backups;
 use crate::base::Base;
 use crate::calls::Calls;
 use crate::checkpoint::Checkpoint;
@@ -53,6 +54,7 @@ pub struct MdsCore<B: Base> {
     pub(crate) group: Group,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) images: Images,
+    pub(crate) backups: Backups,
     pub(crate) leading: bool,
     /// Last log index applied here, whatever kind of entry it was.
     pub(crate) applied: u64,
@@ -73,6 +75,7 @@ impl<B: Base> MdsCore<B> {
             group: Group::new(config.id, &config.servers),
             checkpoint: Checkpoint::default(),
             images: Images::default(),
+            backups: Backups::default(),
             leading: false,
             applied,
             rng,
@@ -85,6 +88,11 @@ impl<B: Base> MdsCore<B> {
     /// The state, for checkers and screens.
     pub fn meta(&self) -> &Meta<Overlay<B>> {
         &self.meta
+    }
+
+    /// The state, of a server that ends.
+    pub fn into_meta(self) -> Meta<Overlay<B>> {
+        self.meta
     }
 
     /// The consensus node, for checkers and screens.
@@ -279,6 +287,7 @@ impl<B: Base> MdsCore<B> {
         }
         self.group.reconnect(now.mono, effects);
         if self.duty.due(now.mono, DUTY_PERIOD) {
+            self.backups.look(now.mono);
             self.look_at_checkpoint(effects);
             self.look_at_images(effects);
             if self.leading {

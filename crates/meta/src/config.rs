@@ -52,6 +52,14 @@ pub const PARAMETERS: &[Parameter] = &[
         doc: "Events kept in the log of events.",
     },
     Parameter {
+        key: crate::recover::HOLD,
+        default: 0,
+        min: 0,
+        max: 1,
+        doc: "1: no copy is deleted or overwritten by the cluster itself; set by recover-metadata until an operator has \
+              looked at its report.",
+    },
+    Parameter {
         key: "mds.wd.max_offline_cs",
         default: 2,
         min: 0,
@@ -144,6 +152,17 @@ impl<K: Kv> Meta<K> {
         self.globals.config.get(key).copied().unwrap_or(parameter.default)
     }
 
+    /// True while no copy is to be deleted or overwritten: the metadata were recovered, and an operator is to look first.
+    pub(crate) fn on_hold(&self) -> bool {
+        self.globals.config.get(crate::recover::HOLD).is_some_and(|value| *value != 0)
+    }
+
+    /// What waited for the operator goes on: every chunk is looked at again.
+    fn hold_changed(&mut self) {
+        let servers: Vec<_> = self.servers.keys().copied().collect();
+        servers.into_iter().for_each(|cs| self.sweep_start(cs));
+    }
+
     /// Sets all of the parameters, or none when one is wrong.
     pub(crate) fn config_set(&mut self, pairs: &[(String, String)]) -> Answer {
         let checked: Vec<(&'static str, u64)> =
@@ -152,6 +171,9 @@ impl<K: Kv> Meta<K> {
             let before = self.config(key);
             self.globals.config.insert(key.to_owned(), value);
             self.slots = None;
+            if key == crate::recover::HOLD && value != before {
+                self.hold_changed();
+            }
             self.changed();
             self.digest(&cairn_wire::encode(&(key, value)));
             self.event(Severity::Info, "MDS-1010", format!("{key} was set to {value}, it was {before}"));

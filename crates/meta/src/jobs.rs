@@ -46,7 +46,7 @@ impl<K: Kv> Meta<K> {
         });
         queued
             || any(keys::SWEEP)
-            || any(keys::GARBAGE)
+            || (any(keys::GARBAGE) && !self.on_hold())
             || any(keys::RETARGET)
             || self.sessions.values().any(|session| matches!(session.state, SessionState::Freeing { .. }))
     }
@@ -123,7 +123,7 @@ impl<K: Kv> Meta<K> {
     }
 
     fn run_garbage(&mut self, mut budget: usize) {
-        while budget > 0 {
+        while budget > 0 && !self.on_hold() {
             let Some((key, _)) = self.kv.scan(&[keys::GARBAGE], &[keys::GARBAGE + 1], 1).pop() else { return };
             budget -= self.collect(InodeId(keys::number(&key, 1)), budget).min(budget);
         }

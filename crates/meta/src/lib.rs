@@ -14,7 +14,8 @@
 //! - I11 equal log index, equal digest, on every server;
 //! - I18 a numbered call takes effect once.
 //!
-//! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart.
+//! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart, [`recover`] for
+//! what is done when all of it is lost.
 
 mod check;
 mod chunks;
@@ -31,6 +32,7 @@ mod members;
 mod namespace;
 pub mod placement;
 pub mod record;
+pub mod recover;
 mod rename;
 mod repair;
 mod servers;

@@ -129,6 +129,7 @@ impl<K: Kv> Meta<K> {
         let mut retry_ns = RETRY_NO_TARGET_NS;
         if work.is_some() {
             match priority {
+                PRIORITY_TIDY if self.on_hold() => {}
                 PRIORITY_TIDY => new.stale.iter_mut().for_each(|stale| stale.deleting = true),
                 _ => retry_ns = self.plan_copies(&mut new, &inode.policy),
             }
@@ -189,7 +190,7 @@ impl<K: Kv> Meta<K> {
         let slots = self.slots().to_vec();
         let domain = |cs: CsId| slots.binary_search_by_key(&cs, |slot| slot.cs).ok().map(|at| slots[at].domains[level]);
         // A returned server needs only what changed since it went.
-        for stale in chunk.stale.iter().filter(|stale| !stale.deleting) {
+        for stale in chunk.stale.iter().filter(|stale| !stale.deleting && !self.on_hold()) {
             // Freshening takes room as well.
             let full = slots.iter().any(|slot| slot.cs == stale.cs && slot.repair_weight == 0);
             let conflict = full || strict && members.iter().any(|member| domain(*member) == domain(stale.cs));
@@ -237,7 +238,7 @@ impl<K: Kv> Meta<K> {
     fn drop_surplus(&mut self, chunk: &mut Chunk, policy: &Policy) {
         let normal = usize::from(chunk.replicas_normal);
         let census = self.census(chunk);
-        if census.staying < normal || census.staying + census.departing == normal {
+        if census.staying < normal || census.staying + census.departing == normal || self.on_hold() {
             return;
         }
         let level = policy.domain as usize;

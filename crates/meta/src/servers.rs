@@ -207,7 +207,7 @@ impl<K: Kv> Meta<K> {
         if !last {
             let mut new = old.clone();
             new.bump();
-            new.take_out(cs, true);
+            new.take_out(cs, !self.on_hold());
             self.set_chunk(volume, index, Some(&old), Some(&mut new), true);
             self.push_volume_map_changed(volume);
         }
@@ -257,6 +257,9 @@ impl<K: Kv> Meta<K> {
                 report.chunk
             );
             self.event(Severity::Error, "MDS-5002", text);
+            return;
+        }
+        if self.on_hold() {
             return;
         }
         let standing = self.record(&keys::order(cs, report.chunk));

@@ -477,6 +477,15 @@ pub enum MdsRequest {
         /// The chunk.
         chunk: ChunkId,
     },
+
+    /// A page of the whole state at one index, for a backup: asked of the leader, pages in order from 0. Answered by
+    /// [`MdsReply::StatePage`]. One backup is under way at a time.
+    StatePage {
+        /// Drawn by the caller: names its backup.
+        token: u64,
+        /// Number of the page; the last one may be asked for again.
+        page: u64,
+    },
 }
 
 /// Answers.
@@ -603,6 +612,17 @@ pub enum MdsReply {
         lease: Option<LeaseGrant>,
         /// Attributes of the directory, after the creation.
         parent: Attr,
+    },
+    /// A page of the state; one without pairs that is ready is the end.
+    StatePage {
+        /// Log index at which the state stands.
+        index: u64,
+        /// Term of that entry.
+        term: u64,
+        /// Keys and values, ascending.
+        pairs: Vec<(Vec<u8>, Vec<u8>)>,
+        /// False: the state is being written down; ask for the same page again in a moment.
+        ready: bool,
     },
 }
 
@@ -737,6 +757,7 @@ impl MdsRequest {
                 | MdsStatus
                 | KvGet { .. }
                 | KvList { .. }
+                | StatePage { .. }
         )
     }
 }

@@ -6,6 +6,7 @@
 
 mod by_hand;
 mod crash;
+mod disaster;
 mod fsx;
 mod full;
 mod mounting;

@@ -127,6 +127,8 @@ pub enum CsVerb {
         #[command(flatten)]
         place: PlaceArgs,
     },
+    /// Lists what stopped chunk servers of this machine hold, in a file for `recover-metadata` on another one.
+    Scan(super::recover::ScanArgs),
 }
 
 /// Free bytes of the file system that holds `path` or its nearest existing parent.
@@ -261,10 +263,11 @@ pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
     })
 }
 
-/// Runs `cs run` or `cs set-location`.
-pub fn run(verb: &CsVerb) -> Result<()> {
+/// Runs a verb of the daemon.
+pub fn run(context: &Context, verb: &CsVerb) -> Result<()> {
     match verb {
         CsVerb::Run { repository } => serve(repository),
+        CsVerb::Scan(args) => super::recover::scan(context, args),
         CsVerb::SetLocation { repository, place } => set_location(repository, place),
     }
 }

@@ -86,7 +86,7 @@ pub fn make(context: &Context, args: &MakeMdsArgs) -> Result<()> {
 }
 
 /// Refuses an address on which the server could not listen.
-fn check_address(addr: SocketAddr) -> Result<()> {
+pub(super) fn check_address(addr: SocketAddr) -> Result<()> {
     use std::io::ErrorKind;
     match std::net::TcpListener::bind(addr).map_err(|error| error.kind()) {
         Err(ErrorKind::AddrInUse) => bail!("-a {addr}: another process listens there; stop it or give another address"),
@@ -98,20 +98,20 @@ fn check_address(addr: SocketAddr) -> Result<()> {
 }
 
 /// A repository directory that is being made. Unless it is kept, it is taken away again, with what was put in.
-struct FreshDir<'a> {
+pub(super) struct FreshDir<'a> {
     dir: &'a Path,
     was_there: bool,
     kept: bool,
 }
 
 impl<'a> FreshDir<'a> {
-    fn prepare(dir: &'a Path) -> Result<Self> {
+    pub(super) fn prepare(dir: &'a Path) -> Result<Self> {
         let was_there = dir.exists();
         repository::prepare(dir)?;
         Ok(Self { dir, was_there, kept: false })
     }
 
-    fn keep(&mut self) {
+    pub(super) fn keep(&mut self) {
         self.kept = true;
     }
 }
@@ -122,7 +122,7 @@ impl Drop for FreshDir<'_> {
             return;
         }
         // Only what `repository::create` makes: the directory was empty before.
-        for name in ["log", "mds.json.new", "mds.json"] {
+        for name in ["log", "image.redb", "mds.json.new", "mds.json"] {
             let _ = std::fs::remove_file(self.dir.join(name));
         }
         if !self.was_there {
@@ -183,7 +183,7 @@ pub fn join(context: &Context, key: &ClusterKey, addr: SocketAddr, dir: &Path) -
     Ok(id)
 }
 
-fn fresh_instance() -> u64 {
+pub(super) fn fresh_instance() -> u64 {
     // Not zero and below 2^62, as the log wants it.
     (u64::from_le_bytes(cairn_env_real::random_bytes()) >> 2).max(1)
 }

@@ -2,11 +2,13 @@
 
 pub mod attr;
 pub mod auth;
+pub mod backup;
 pub mod cluster;
 pub mod cs;
 pub mod doctor;
 pub mod mds;
 pub mod mount;
 pub mod nbd;
+pub mod recover;
 pub mod sim;
 pub mod volume;

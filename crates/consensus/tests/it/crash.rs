@@ -1,7 +1,9 @@
 //! The log under crashes and rot, one node at a time.
 
 use crate::solo::{Solo, config, format, member};
-use cairn_consensus::{Change, CommittedKind, Config, Consensus, Initial, Member, OpenError, ProposeError};
+use cairn_consensus::{
+    Change, CommittedKind, Config, Consensus, Initial, Member, Members, OpenError, ProposeError, SnapshotMeta,
+};
 use cairn_stdx::Rng;
 use cairn_types::{ClusterId, MdsId};
 
@@ -226,4 +228,22 @@ fn proposals_and_changes_are_checked() {
     solo.core.read_index(9, &mut Default::default()).unwrap();
     solo.turn();
     assert_eq!(solo.reads, [(9, solo.core.status().committed)]);
+}
+
+#[test]
+fn a_log_that_begins_after_an_image_leads_from_there_and_only_with_that_image() {
+    let config = config(1);
+    let members = Members { voters: [(MdsId(1), member(1).instance)].into(), ..Members::default() };
+    let bytes = format(&config, &Initial::Image(SnapshotMeta { index: 1000, term: 7, members }));
+    let without = Solo::open(config.clone(), bytes.clone(), 0);
+    assert!(matches!(without.opened, Some(Err(OpenError::StateBehindLog { applied: 0, base: 1000 }))));
+    let mut solo = Solo::open(config.clone(), bytes, 1000);
+    solo.turn();
+    solo.lead();
+    solo.core.propose(1, b"on".to_vec()).unwrap();
+    solo.turn();
+    assert!(solo.committed.iter().all(|entry| entry.index > 1000));
+    let again = Solo::open(config, solo.bytes.clone(), 1000);
+    let opened = again.opened.unwrap().unwrap();
+    assert!((opened.base, opened.last > 1001) == (1000, true) && opened.term > 7, "{opened:?}");
 }

@@ -11,32 +11,34 @@ use cairn_wire::mds::*;
 use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug)]
-struct Copy {
-    version: ChunkVersion,
-    value: u64,
-    rebuilding: bool,
+pub struct Copy {
+    pub version: ChunkVersion,
+    pub value: u64,
+    pub rebuilding: bool,
 }
 
 #[derive(Default)]
-struct Server {
-    up: bool,
-    copies: BTreeMap<ChunkId, Copy>,
-    done: Vec<OrderDone>,
+pub struct Server {
+    pub up: bool,
+    pub copies: BTreeMap<ChunkId, Copy>,
+    pub done: Vec<OrderDone>,
 }
 
-struct Cluster {
-    world: World,
-    servers: BTreeMap<CsId, Server>,
-    session: ClientId,
-    volume: VolumeId,
-    epoch: Epoch,
+pub struct Cluster {
+    pub world: World,
+    pub servers: BTreeMap<CsId, Server>,
+    pub session: ClientId,
+    pub volume: VolumeId,
+    pub epoch: Epoch,
     /// Last acknowledged value per index.
-    written: BTreeMap<u64, u64>,
-    next_value: u64,
+    pub written: BTreeMap<u64, u64>,
+    pub next_value: u64,
+    /// Index of every chunk there ever was.
+    pub indexes: BTreeMap<ChunkId, u64>,
 }
 
 impl Cluster {
-    fn new(hosts: u8, per_host: u8, options: VolumeOptions) -> Self {
+    pub fn new(hosts: u8, per_host: u8, options: VolumeOptions) -> Self {
         let mut world = World::new();
         let mut servers = BTreeMap::new();
         for host in 0..hosts {
@@ -48,7 +50,7 @@ impl Cluster {
         let session = world.session();
         let volume = world.volume(session, "v", options).volume;
         let epoch = world.acquire(session, volume, LeaseMode::Exclusive).unwrap().epoch;
-        Cluster { world, servers, session, volume, epoch, written: BTreeMap::new(), next_value: 1 }
+        Cluster { world, servers, session, volume, epoch, written: BTreeMap::new(), next_value: 1, indexes: BTreeMap::new() }
     }
 
     fn entry(&self, index: u64) -> Option<ChunkEntry> {
@@ -75,7 +77,7 @@ impl Cluster {
     }
 
     /// Writes one value as a lease holder does; gives up where a holder would wait.
-    fn write(&mut self, index: u64) {
+    pub fn write(&mut self, index: u64) {
         for _ in 0..12 {
             let Some(entry) = self.entry(index) else {
                 let request =
@@ -85,6 +87,7 @@ impl Cluster {
                 }
                 continue;
             };
+            self.indexes.insert(entry.chunk, index);
             let current = entry.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current).count();
             if current < usize::from(entry.minimum) {
                 return;
@@ -134,7 +137,7 @@ impl Cluster {
     }
 
     /// One heartbeat: reports what is done and carries out what comes back, with a delay of one heartbeat.
-    fn heartbeat(&mut self, cs: CsId) {
+    pub fn heartbeat(&mut self, cs: CsId) {
         if self.world.meta.servers().any(|(other, state)| other == cs && state == CsState::Dropped) {
             return;
         }
@@ -191,7 +194,7 @@ impl Cluster {
 
     /// I7 and I1: every current replica that has not lost its copy has the last acknowledged value. A copy below the
     /// version with which its server joined is refused by all, so there must be none.
-    fn check_truth(&self, context: &str) {
+    pub fn check_truth(&self, context: &str) {
         for entry in self.world.chunks(self.volume) {
             let Some(expected) = self.written.get(&entry.index) else { continue };
             for replica in entry.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current) {
@@ -207,7 +210,7 @@ impl Cluster {
         }
     }
 
-    fn heal(&mut self) {
+    pub fn heal(&mut self) {
         for server in self.servers.values_mut() {
             server.up = true;
         }
@@ -226,7 +229,54 @@ impl Cluster {
         panic!("not healed: {:?}", self.world.meta.chunk_counts());
     }
 
-    fn report(&mut self, cs: CsId) {
+    /// Something happens to the cluster.
+    pub fn random_step(&mut self, rng: &mut Rng, all: &[CsId]) {
+        let cs = *rng.choose(all).unwrap();
+        match rng.below(20) {
+            0..=7 => self.write(rng.below(12)),
+            8..=12 => {
+                if self.servers[&cs].up {
+                    self.heartbeat(cs);
+                }
+            }
+            13 => {
+                let down = self.servers.values().filter(|server| !server.up).count();
+                let server = self.servers.get_mut(&cs).unwrap();
+                server.up = !server.up || down >= 2;
+                if !server.up {
+                    server.done.clear();
+                }
+            }
+            14 => {
+                if !self.servers[&cs].up {
+                    let state = if rng.chance(1, 2) { CsState::Inactive } else { CsState::Offline };
+                    let wall_ns = self.world.wall_ns;
+                    self.world.command(Command::CsSilent { cs, state, wall_ns }).unwrap();
+                }
+            }
+            15 => {
+                let index = rng.below(12);
+                let request = MdsRequest::ChunkDrop { volume: self.volume, epoch: self.epoch, index, count: 2 };
+                self.world.call(self.session, request).unwrap();
+                self.written.remove(&index);
+                self.written.remove(&(index + 1));
+            }
+            16 => {
+                if self.servers[&cs].up {
+                    self.report(cs);
+                }
+            }
+            17 => {
+                let value = ["2", "3:2", "4:2"][rng.below(3) as usize].to_owned();
+                let inode = cairn_types::InodeId(self.volume.0);
+                let request = MdsRequest::AttributesSet { inode, pairs: vec![("replicas".into(), value)] };
+                self.world.call(self.session, request).unwrap();
+            }
+            _ => self.world.tick(rng.below(3) * SECOND),
+        }
+    }
+
+    pub fn report(&mut self, cs: CsId) {
         let copies = &self.servers[&cs].copies;
         let chunks = copies.iter().map(|(chunk, copy)| ChunkReport { chunk: *chunk, version: copy.version }).collect();
         let request = MdsRequest::CsReport { cs, after: ChunkId(0), chunks, last: true };
@@ -242,51 +292,8 @@ pub fn random_failures_keep_every_current_copy_true_and_heal() {
         let mut cluster = Cluster::new(5, 1 + (seed % 2) as u8, options);
         let all: Vec<CsId> = cluster.servers.keys().copied().collect();
         for step in 0..400 {
-            let cs = *rng.choose(&all).unwrap();
             let context = format!("seed {seed} step {step}");
-            match rng.below(20) {
-                0..=7 => cluster.write(rng.below(12)),
-                8..=12 => {
-                    if cluster.servers[&cs].up {
-                        cluster.heartbeat(cs);
-                    }
-                }
-                13 => {
-                    let down = cluster.servers.values().filter(|server| !server.up).count();
-                    let server = cluster.servers.get_mut(&cs).unwrap();
-                    server.up = !server.up || down >= 2;
-                    if !server.up {
-                        server.done.clear();
-                    }
-                }
-                14 => {
-                    if !cluster.servers[&cs].up {
-                        let state = if rng.chance(1, 2) { CsState::Inactive } else { CsState::Offline };
-                        let wall_ns = cluster.world.wall_ns;
-                        cluster.world.command(Command::CsSilent { cs, state, wall_ns }).unwrap();
-                    }
-                }
-                15 => {
-                    let index = rng.below(12);
-                    let volume = cluster.volume;
-                    let request = MdsRequest::ChunkDrop { volume, epoch: cluster.epoch, index, count: 2 };
-                    cluster.world.call(cluster.session, request).unwrap();
-                    cluster.written.remove(&index);
-                    cluster.written.remove(&(index + 1));
-                }
-                16 => {
-                    if cluster.servers[&cs].up {
-                        cluster.report(cs);
-                    }
-                }
-                17 => {
-                    let value = ["2", "3:2", "4:2"][rng.below(3) as usize].to_owned();
-                    let inode = cairn_types::InodeId(cluster.volume.0);
-                    let request = MdsRequest::AttributesSet { inode, pairs: vec![("replicas".into(), value)] };
-                    cluster.world.call(cluster.session, request).unwrap();
-                }
-                _ => cluster.world.tick(rng.below(3) * SECOND),
-            }
+            cluster.random_step(&mut rng, &all);
             cluster.check_truth(&context);
             if step % 10 == 0 {
                 cluster.world.meta.check();

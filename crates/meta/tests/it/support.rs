@@ -15,6 +15,8 @@ pub struct World<K = MemKv> {
     pub effects: Vec<MetaEffect>,
     sequences: BTreeMap<ClientId, u64>,
     nonce: u64,
+    /// Index before the first entry of the log.
+    base: u64,
 }
 
 impl World<MemKv> {
@@ -33,6 +35,7 @@ impl<K: Kv> World<K> {
             effects: Vec::new(),
             sequences: BTreeMap::new(),
             nonce: 0,
+            base: 0,
         };
         let first = MdsInfo { mds: MdsId(1), addr: addr(1), voter: true, repository: "/m".into() };
         let wall_ns = world.wall_ns;
@@ -42,12 +45,20 @@ impl<K: Kv> World<K> {
         world
     }
 
+    /// A state that a log goes on from.
+    pub fn resume(kv: K, wall_ns: u64) -> Self {
+        let meta = Meta::open(kv);
+        let base = meta.applied_index();
+        let (log, effects, sequences) = (Vec::new(), Vec::new(), BTreeMap::new());
+        World { meta, log, wall_ns, effects, sequences, nonce: 1_000_000, base }
+    }
+
     pub fn command(&mut self, command: Command) -> Answer {
         self.raw(command.encode()).reply
     }
 
     pub fn raw(&mut self, bytes: Vec<u8>) -> Applied {
-        let applied = self.meta.apply(self.log.len() as u64 + 1, &bytes);
+        let applied = self.meta.apply(self.base + self.log.len() as u64 + 1, &bytes);
         self.log.push(bytes);
         self.effects.extend(applied.effects.iter().cloned());
         applied
