@@ -55,7 +55,9 @@ impl<B: Base> MdsCore<B> {
                 let wanted = self.applied;
                 self.backups.0 = Some(Backup { token, wanted, heard: now.mono, reader: None, last: None });
             }
-            None => return Err(MdsError::Refused("the metadata servers have a new leader; begin the backup again".into())),
+            None => {
+                return Err(MdsError::Refused("the metadata servers have a new leader; begin the backup again".into()));
+            }
         }
         let base = self.meta.kv().base();
         let backup = self.backups.0.as_mut().expect("begun above");

@@ -61,7 +61,8 @@ impl<B: Base> MdsCore<B> {
         let status = self.consensus.status();
         let log_full = status.live_bytes > self.config.log.leader_live_max() / 2;
         let changed = self.meta.kv().active_bytes();
-        let wanted = self.backups.wants_checkpoint(self.meta.kv().base().mark().index);
+        let index = self.meta.kv().base().mark().index;
+        let wanted = self.backups.wants_checkpoint(index) || self.images.wants_checkpoint(index);
         if !(wanted || changed > 0 && (log_full || changed > self.config.checkpoint_bytes)) {
             return;
         }

@@ -43,8 +43,7 @@ pub enum DisasterError {
 /// # Errors
 /// [`DisasterError`]; the directory then has no `mds.json` and is no repository.
 pub fn create(dir: &Path, identity: &Identity, index: u64, term: u64, pairs: &Pairs) -> Result<(), DisasterError> {
-    let members =
-        Members { voters: [(MdsId(identity.id), identity.instance)].into(), learners: Default::default() };
+    let members = Members { voters: [(MdsId(identity.id), identity.instance)].into(), learners: Default::default() };
     let mark = ImageMark { index, term, members: encode_members(&members) };
     let mut base = RedbBase::open(&dir.join("image.redb"))?;
     base.begin_install();

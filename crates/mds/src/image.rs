@@ -44,11 +44,18 @@ pub(crate) struct Images {
     sending: BTreeMap<MdsId, Sending>,
     receiving: Option<Receiving>,
     broken: Vec<MdsId>,
+    /// A server waits for an image that stands at least here.
+    wanted: u64,
 }
 
 impl Images {
     pub fn installing(&self) -> bool {
         self.receiving.is_some()
+    }
+
+    /// True while an image at `index` is too old for a server that waits for one.
+    pub fn wants_checkpoint(&self, index: u64) -> bool {
+        index < self.wanted
     }
 
     pub fn link_down(&mut self, link: LinkId) {
@@ -65,6 +72,9 @@ impl<B: Base> MdsCore<B> {
     pub(crate) fn image_wanted(&mut self, wanted: &SnapshotWanted, effects: &mut Effects) {
         let reader = self.meta.kv_mut().base_mut().reader();
         let mark = reader.mark();
+        // A new server finds itself only in an image that is younger than its admission; without a checkpoint made for
+        // it, it would wait until the next one.
+        self.images.wanted = self.images.wanted.max(wanted.index_min);
         let Some(link) = self.group.link(wanted.to).filter(|_| mark.index >= wanted.index_min) else {
             return self.consensus.snapshot_sent(wanted.to, false);
         };

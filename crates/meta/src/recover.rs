@@ -18,6 +18,7 @@ use crate::keys;
 use crate::kv::{BaseKv, Kv, MemKv};
 use crate::record::{Chunk, ChunkState, Inode, Member, Presence, Server, StaleCopy};
 use crate::state::{Meta, decode_record};
+use cairn_stdx::planted;
 use cairn_types::{
     BLOCK_SIZE_U64, ChunkId, ChunkVersion, ClusterId, CsId, Epoch, InodeId, MdsId, Redundancy, VolumeId,
 };
@@ -105,12 +106,8 @@ impl Recovery<'_> {
     fn identify(&mut self, cluster: ClusterId) -> Result<(), RecoverError> {
         let meta = &mut self.meta;
         meta.globals.wall_ns = self.options.wall_ns;
-        let info = |mds| MdsInfo {
-            mds,
-            addr: self.options.addr,
-            voter: true,
-            repository: self.options.repository.clone(),
-        };
+        let info =
+            |mds| MdsInfo { mds, addr: self.options.addr, voter: true, repository: self.options.repository.clone() };
         if !self.report.from_backup {
             let first = info(MdsId(1 + MDS_MARGIN));
             meta.bootstrap(cluster, self.options.name.clone(), first).expect("an empty state takes its first command");
@@ -491,7 +488,8 @@ impl Recovery<'_> {
     fn account(&mut self, (volume, index): Place, seen: &[Seen<'_>]) {
         let inode = self.inodes.get_mut(&InodeId(volume.0)).expect("chunks are placed in volumes there are");
         inode.chunks += 1;
-        let blocks = |(_, copy): &Seen<'_>| copy.end_block.unwrap_or(if copy.mapped_blocks > 0 { copy.block_count } else { 0 });
+        let blocks =
+            |(_, copy): &Seen<'_>| copy.end_block.unwrap_or(if copy.mapped_blocks > 0 { copy.block_count } else { 0 });
         let whole = seen.iter().filter(|(_, copy)| copy.whole).map(blocks).max();
         let last = whole.or(seen.iter().map(blocks).max()).unwrap_or(0);
         if last == 0 {
@@ -549,8 +547,9 @@ impl Recovery<'_> {
 /// joined, and one on a server that was not given stays a member. Otherwise the complete copies at the highest version
 /// found are the set: no write was acknowledged at that version without each of its members, nor at an earlier one.
 fn choose(seen: &[Seen<'_>], old: Option<&Chunk>, elsewhere: &[Replica]) -> Vec<Replica> {
-    let whole = || seen.iter().filter(|(_, copy)| copy.whole);
-    let top = whole().map(|(_, copy)| copy.version).max();
+    let whole = || seen.iter().filter(|(_, copy)| copy.whole || planted!("recover_trusts_incomplete_copies"));
+    let versions = || whole().map(|(_, copy)| copy.version);
+    let top = if planted!("recover_takes_old_copies") { versions().min() } else { versions().max() };
     if let Some(old) = old.filter(|old| top.is_none_or(|top| old.version >= top)) {
         let shown = |replica: &Replica| {
             whole().any(|(cs, copy)| *cs == replica.cs && copy.version >= replica.since)

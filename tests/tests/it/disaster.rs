@@ -1,4 +1,4 @@
-//! Every metadata server is lost: the metadata are made anew from the chunk servers, and every flushed byte is read.
+//! I21: every metadata server is lost, the metadata are made anew from the chunk servers, and every flushed byte is read.
 
 use crate::needs_fuse;
 use cairn_tests::cluster::Cluster;
@@ -82,7 +82,8 @@ impl Loaded {
 
     fn recover(&self, words: &[String], more: &[&str]) -> String {
         let words: Vec<&str> = words.iter().map(String::as_str).chain(more.iter().copied()).collect();
-        let planned = self.cluster.cairn(&[&words[..], &["--dry-run"]].concat()).must_succeed("recover-metadata --dry-run");
+        let planned =
+            self.cluster.cairn(&[&words[..], &["--dry-run"]].concat()).must_succeed("recover-metadata --dry-run");
         assert!(!self.cluster.dir().join("mds1").exists(), "a dry run makes nothing");
         let done = self.cluster.cairn(&words).must_succeed("recover-metadata");
         assert_eq!(planned, done, "the dry run said what would be done");
@@ -149,8 +150,9 @@ fn all_metadata_lost_with_a_backup_every_name_and_flushed_byte_is_back() {
     loaded.cluster.cairn(&["backup-metadata", &backup]).must_succeed("backup-metadata");
     let refused = ["recover-metadata", "-r", "/nowhere/mds", "-a", "127.0.0.1:1", "/nowhere/cs"];
     loaded.cluster.cairn(&refused).must_fail("a recovery beside a living group", 1, "there is nothing to recover");
-    // After the backup: more data in what it knows, and a tree it does not know.
+    // After the backup: a chunk server that misses writes, more data in what the backup knows, and a file it does not.
     let mount = loaded.cluster.mount();
+    loaded.cluster.kill("cs2");
     loaded.file.run_steps(&mut open(&mount.join("stamped")), BLOCK_COUNT, 100);
     loaded.file.flush(&mut open(&mount.join("stamped"))).expect("fsync");
     loaded.volume.run_steps(&mut loaded.cluster.nbd(), BLOCK_COUNT, 100);
@@ -160,6 +162,7 @@ fn all_metadata_lost_with_a_backup_every_name_and_flushed_byte_is_back() {
     let words = loaded.strike(&[]);
     let report = loaded.recover(&words, &["--from-backup", &backup]);
     assert!(report.contains("/recovered/volume-"), "the late file got a name: {report}");
+    assert!(!report.contains(" 0 old or incomplete copies"), "cs2 has old copies: {report}");
     loaded.start(&[]);
     tree::compare(&loaded.source, &mount.join("copy"));
     let blocks = loaded.volume.check_all(&mut loaded.cluster.nbd(), true);
@@ -179,7 +182,8 @@ fn all_metadata_lost_without_a_backup_every_flushed_byte_is_back_under_new_names
     let mut loaded = load();
     let info = loaded.cluster.json(&["volume", "list"]).expect("list the volumes");
     let id = info.as_array().and_then(|all| all[0]["id"].as_u64()).expect("the number of the volume");
-    let stamped = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(loaded.cluster.mount().join("stamped")).expect("stat"));
+    let stamped =
+        std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(loaded.cluster.mount().join("stamped")).expect("stat"));
     let words = loaded.strike(&[]);
     loaded.recover(&words, &["--block-volumes", &id.to_string(), "--replicas", "3"]);
     loaded.start(&["volume", "rename", &format!("recovered-{id}"), "demo"]);

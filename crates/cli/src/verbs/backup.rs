@@ -73,13 +73,8 @@ async fn write(client: &LocalClient, cluster: ClusterId, name: &str, path: &Path
             continue;
         }
         if writer.is_none() {
-            let header = BackupHeader {
-                cluster,
-                name: name.to_owned(),
-                index,
-                term,
-                wall_ns: cairn_env_real::clock::wall_ns(),
-            };
+            let header =
+                BackupHeader { cluster, name: name.to_owned(), index, term, wall_ns: cairn_env_real::clock::wall_ns() };
             let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
             writer = Some(BackupWriter::begin(BufWriter::new(file), &header).context("write the backup")?);
         }

@@ -150,7 +150,9 @@ fn refuse_if_alive(context: &Context) -> Result<()> {
     };
     match context.call(MdsRequest::Topology) {
         Ok(_) => bail!("the metadata servers answer: there is nothing to recover"),
-        Err(error) if exit::code_of(&error) == exit::REFUSED => Err(error.context(format!("ask {alive} whether it serves"))),
+        Err(error) if exit::code_of(&error) == exit::REFUSED => {
+            Err(error.context(format!("ask {alive} whether it serves")))
+        }
         Err(_) => bail!(
             "something listens at {alive}, where a metadata server was. If it is one without a majority, stop it for good \
              and give its directory with --from-mds"

@@ -91,7 +91,9 @@ pub enum RecoverError {
         other: String,
     },
     /// One server twice, or a copy of one.
-    #[error("{one} and {other} are the same chunk server (or one is a copy of the other); give the one that served last")]
+    #[error(
+        "{one} and {other} are the same chunk server (or one is a copy of the other); give the one that served last"
+    )]
     Twice {
         /// A directory.
         one: String,
@@ -237,10 +239,9 @@ impl fmt::Display for Problem {
                 f,
                 "few copies: {volume} index {index} ({chunk}) has {found} complete, {minimum} needed; writes wait for copying"
             ),
-            Self::GoneSinceBackup { volume, index, chunk } => write!(
-                f,
-                "gone: {volume} index {index} ({chunk}) of the backup is on no server; it reads as zeros"
-            ),
+            Self::GoneSinceBackup { volume, index, chunk } => {
+                write!(f, "gone: {volume} index {index} ({chunk}) of the backup is on no server; it reads as zeros")
+            }
             Self::Superseded { volume, index, chunk, servers } => {
                 write!(f, "older: {volume} index {index}: {chunk} on {} gave way to a later chunk", list(servers))
             }

@@ -15,5 +15,9 @@ fn every_planted_bug_is_seen() {
     caught("epoch_not_raised_on_regrant", crate::leases::whoever_asks_there_is_one_exclusive_holder_and_epochs_rise);
     caught("replica_forgotten_in_version_change", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
     caught("stale_copy_rejoins_as_current", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
+    let found = crate::recover::every_acknowledged_write_is_found_after_random_failures_with_and_without_a_backup;
+    caught("recover_takes_old_copies", found);
+    caught("recover_trusts_incomplete_copies", found);
+    caught("recover_hold_ignored", found);
     caught("chunk_counts_drift", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
 }

@@ -123,7 +123,7 @@ fn copies_of(cluster: &Cluster) -> BTreeSet<(CsId, ChunkId)> {
 }
 
 #[test]
-fn every_acknowledged_write_is_found_after_random_failures_with_and_without_a_backup() {
+pub fn every_acknowledged_write_is_found_after_random_failures_with_and_without_a_backup() {
     for seed in 0..240 {
         let mut rng = Rng::new(seed);
         let chunk_size = VolumeOptions { chunk_size: Some(1 << 20), ..VolumeOptions::default() };
@@ -250,8 +250,10 @@ fn with_a_backup_names_come_back_and_what_it_does_not_know_gets_a_name() {
     let mut found: Vec<Listing> = servers.iter().map(|cs| listing(*cs)).collect();
     let blocks = (grant.chunk_size / 4096) as u32;
     for server in &mut found {
-        server.copies =
-            vec![FoundCopy { block_count: blocks, ..copy(entries[0].chunk.0, volume, 0, 1) }, copy(500, VolumeId(90), 0, 1)];
+        server.copies = vec![
+            FoundCopy { block_count: blocks, ..copy(entries[0].chunk.0, volume, 0, 1) },
+            copy(500, VolumeId(90), 0, 1),
+        ];
         server.epochs = vec![(volume, Epoch(40))];
     }
     let (mut world, report) = must(&options(), &found, Some(backup.clone()));

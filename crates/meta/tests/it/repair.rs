@@ -50,7 +50,16 @@ impl Cluster {
         let session = world.session();
         let volume = world.volume(session, "v", options).volume;
         let epoch = world.acquire(session, volume, LeaseMode::Exclusive).unwrap().epoch;
-        Cluster { world, servers, session, volume, epoch, written: BTreeMap::new(), next_value: 1, indexes: BTreeMap::new() }
+        Cluster {
+            world,
+            servers,
+            session,
+            volume,
+            epoch,
+            written: BTreeMap::new(),
+            next_value: 1,
+            indexes: BTreeMap::new(),
+        }
     }
 
     fn entry(&self, index: u64) -> Option<ChunkEntry> {

@@ -56,7 +56,8 @@ pub fn scan(dir: &Path, cluster_name: &str) -> Result<Listing> {
         other => other.into(),
     })?;
     let identity = repository.identity().clone();
-    let disk = OfflineDisk::open(&repository.store_path()).with_context(|| format!("open the store in {}", dir.display()))?;
+    let disk =
+        OfflineDisk::open(&repository.store_path()).with_context(|| format!("open the store in {}", dir.display()))?;
     let options = StoreOptions {
         cluster: Some(identity.cluster),
         store_uuid: Some(identity.store),
@@ -167,7 +168,9 @@ impl Offline {
         let (mut end, mut from_block) = (0, 0);
         loop {
             let request = StoreRequest::ChangedSince { chunk, version: ChunkVersion(0), from_block, limit: 1024 };
-            let StoreReply::Changed { ranges, next } = self.ask(request)? else { bail!("an answer to another question") };
+            let StoreReply::Changed { ranges, next } = self.ask(request)? else {
+                bail!("an answer to another question")
+            };
             let mapped = ranges.iter().filter(|range| range.mapped);
             end = mapped.map(|range| range.first_block + range.block_count).max().unwrap_or(0).max(end);
             match next {
