@@ -1,8 +1,8 @@
 //! Backups: the state at one index, handed out page by page while commands go on.
 //!
 //! The first request has the memtable moved into the durable image; from then on a reader of that image, which later
-//! flushes do not move, gives the pages. One backup at a time, on the leader; it is volatile and simply begun again when
-//! the leader changes.
+//! flushes do not move, gives the pages. One backup at a time, on the leader; it is volatile and simply begun again
+//! when the leader changes.
 
 use crate::base::{Base, ImageReader, Pairs};
 use crate::core::MdsCore;

@@ -67,8 +67,8 @@ fn written(base: &mut RedbBase) -> Result<(), BaseError> {
     }
 }
 
-/// The state of a stopped server, up to the last entry it knew as committed, and its term. Its directory stays as it is:
-/// the image is copied into `scratch`, and what opening the log writes stays in memory.
+/// The state of a stopped server, up to the last entry it knew as committed, and its term. Its directory stays as it
+/// is: the image is copied into `scratch`, and what opening the log writes stays in memory.
 ///
 /// # Errors
 /// [`DisasterError`] when image or log cannot be read.

@@ -6,8 +6,8 @@
 //! durable [`base`] image; the log before the image is compacted away.
 //!
 //! Start at [`core::MdsCore`]; then [`calls`] for what happens to a call, [`duty`] for what a leader does by itself,
-//! [`group`] for the other servers, [`checkpoint`] and [`image`] for the durable state, [`backup`] and [`disaster`] for when
-//! it is lost.
+//! [`group`] for the other servers, [`checkpoint`] and [`image`] for the durable state, [`backup`] and [`disaster`] for
+//! when it is lost.
 
 mod backup;
 pub mod backup_file;

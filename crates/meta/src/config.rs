@@ -153,7 +153,8 @@ impl<K: Kv> Meta<K> {
         self.globals.config.get(key).copied().unwrap_or(parameter.default)
     }
 
-    /// True while no copy is to be deleted or overwritten: the metadata were recovered, and an operator is to look first.
+    /// True while no copy is to be deleted or overwritten: the metadata were recovered, and an operator is to look
+    /// first.
     pub(crate) fn on_hold(&self) -> bool {
         let held = self.globals.config.get(crate::recover::HOLD).is_some_and(|value| *value != 0);
         held && !planted!("recover_hold_ignored")

@@ -14,8 +14,8 @@
 //! - I11 equal log index, equal digest, on every server;
 //! - I18 a numbered call takes effect once.
 //!
-//! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart, [`recover`] for
-//! what is done when all of it is lost.
+//! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart, [`recover`]
+//! for what is done when all of it is lost.
 
 mod check;
 mod chunks;

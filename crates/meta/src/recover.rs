@@ -1,7 +1,7 @@
 //! The metadata of a cluster made anew from what its chunk servers hold (I21), with or without a backup.
 //!
-//! [`recover`] is a pure function: listings of chunk servers and perhaps the pairs of an old state go in, the pairs of a
-//! new state and a [`Report`] come out. The rules, with their reasons: `docs/design/metadata.md`, "Disaster".
+//! [`recover`] is a pure function: listings of chunk servers and perhaps the pairs of an old state go in, the pairs of
+//! a new state and a [`Report`] come out. The rules, with their reasons: `docs/design/metadata.md`, "Disaster".
 //!
 //! - Every number handed out before (epochs, versions, ids) is passed by a margin, so that what a forgotten server or
 //!   client still has never looks newer than what is made from now on.

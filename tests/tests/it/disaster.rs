@@ -1,4 +1,5 @@
-//! I21: every metadata server is lost, the metadata are made anew from the chunk servers, and every flushed byte is read.
+//! I21: every metadata server is lost, the metadata are made anew from the chunk servers, and every flushed byte is
+//! read.
 
 use crate::needs_fuse;
 use cairn_tests::cluster::Cluster;
@@ -60,8 +61,8 @@ fn copy_tree(cluster: &Cluster, source: &Path, name: &str) {
 }
 
 impl Loaded {
-    /// Kills everything, removes the directories of the metadata servers but those to keep, and returns the arguments of
-    /// a recovery into the first one.
+    /// Kills everything, removes the directories of the metadata servers but those to keep, and returns the arguments
+    /// of a recovery into the first one.
     fn strike(&mut self, keep: &[&str]) -> Vec<String> {
         self.cluster.kill_everything();
         let dir = self.cluster.dir().to_owned();
@@ -70,7 +71,7 @@ impl Loaded {
         }
         let path = |name: &str| dir.join(name).display().to_string();
         let fixed = ["recover-metadata", "-r", &path("mds1"), "-a", &format!("127.0.0.1:{}", self.mds_port(0))];
-        let servers = ["cs1", "cs2", "cs3", "cs4"].map(|name| path(name));
+        let servers = ["cs1", "cs2", "cs3", "cs4"].map(path);
         fixed.iter().map(|word| (*word).to_owned()).chain(servers).collect()
     }
 

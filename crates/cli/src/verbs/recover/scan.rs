@@ -1,7 +1,7 @@
 //! What a stopped chunk server holds: read from its directory, or from the file `cairn cs scan` made of it.
 //!
-//! The store is opened as its server would open it, log and all, but over a disk that only remembers what is written: the
-//! directory stays as it is.
+//! The store is opened as its server would open it, log and all, but over a disk that only remembers what is written:
+//! the directory stays as it is.
 
 use anyhow::{Context as _, Result, bail};
 use cairn_cs::Repository;
