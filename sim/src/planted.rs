@@ -3,7 +3,7 @@
 
 use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
-use crate::scenario::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF};
+use crate::scenario::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY};
 use cairn_stdx::{Rng, planted};
 
 /// A planted bug that this world can reach.
@@ -36,6 +36,11 @@ const fn with_failing_flushes(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_FLUSH_FAILS, SEEDS_OF), ..bug }
 }
 
+/// Looked for in seeds where chunk servers are started from older copies of their disks.
+const fn with_old_copies(bug: Planted) -> Planted {
+    Planted { seeds: (SEEDS_OLD_COPY, SEEDS_OF), ..bug }
+}
+
 /// Looked for in seeds where a client and a chunk server are cut off together.
 const fn on_islands(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_ISLAND, SEEDS_OF), ..bug }
@@ -64,6 +69,8 @@ pub const PLANTED: &[Planted] = &[
     bug("replica_forgotten_in_version_change", Invariant::I3, 200),
     bug("stale_copy_rejoins_as_current", Invariant::I17, 100),
     on_islands(bug("epoch_not_raised_on_regrant", Invariant::I3, 100)),
+    with_old_copies(bug("old_copy_let_in", Invariant::I3, 100)),
+    with_old_copies(bug("old_copy_judged_by_starts_only", Invariant::I3, 100)),
     bug("chunk_counts_drift", Invariant::Accounting, 400),
     bug("rename_retry_executes_again", Invariant::I18, 100),
     bug("raft_ack_before_sync", Invariant::I17, 600),

@@ -15,6 +15,7 @@ mod rebuild;
 mod scrub;
 mod volume;
 
+use crate::lineage::Lineage;
 use crate::links::{Caller, Links};
 use crate::tag::{ChunkTag, CopyState};
 use cairn_env::DiskDone;
@@ -45,7 +46,7 @@ const VOLUMES_MAX: usize = 65_536;
 const VOLUME_IDLE: Duration = Duration::from_secs(600);
 /// Damaged blocks remembered for the next heartbeats.
 const DAMAGED_MAX: usize = 1024;
-/// Frames that may wait on one link while the store opens.
+/// Frames that may wait on one link while the store opens and the metadata servers have not admitted it.
 const EARLY_MAX: usize = crate::links::WINDOW_MAX as usize;
 
 /// What a chunk server is told at its start.
@@ -116,6 +117,8 @@ enum Pending {
     List(calls::Listing),
     /// The checkpoint before a planned stop.
     Stop,
+    /// The label of the store: a start begins, or was acknowledged.
+    Label { acknowledged: bool },
     /// A step of the scrub.
     Verify { chunk: ChunkId },
 }
@@ -169,6 +172,10 @@ pub struct CsCore {
     /// Requests given to the store since it last ended a turn.
     submitted: u64,
     opened: Option<StartReport>,
+    /// Where the store stands in its history, as it is durable.
+    lineage: Lineage,
+    /// The metadata servers know this start as the one that follows the last; nothing is served before.
+    admitted: bool,
     /// Why the disk is out of use.
     failed: Option<String>,
     fatal_told: bool,
@@ -215,6 +222,8 @@ impl CsCore {
             pending: Slab::default(),
             submitted: 0,
             opened: None,
+            lineage: Lineage::default(),
+            admitted: false,
             failed: None,
             fatal_told: false,
             stop_ready: false,
@@ -253,6 +262,16 @@ impl CsCore {
     /// Id given by the metadata servers; the shell writes it down when it changes.
     pub fn id(&self) -> Option<CsId> {
         self.mds.cs()
+    }
+
+    /// True once the metadata servers know this start as the one that follows the last: nothing is served before.
+    pub fn is_admitted(&self) -> bool {
+        self.admitted
+    }
+
+    /// True when the metadata servers know how much of the store is durable: an older copy would be found out.
+    pub fn is_durable_told(&self) -> bool {
+        self.admitted && self.mds.marked() >= self.durable_lsn
     }
 
     /// Number drawn at this start.
@@ -298,6 +317,7 @@ impl CsCore {
             self.stop_ready = true;
             return;
         }
+        self.mds_last_mark(now, out);
         self.submit(now, Pending::Stop, StoreRequest::Checkpoint);
         self.turn(now, out);
     }
@@ -379,8 +399,44 @@ impl CsCore {
         self.opened = Some(StartReport { boot: self.boot, chunks, rebuilding, groups_replayed, torn_tail });
         // The store opens only when everything it recovered is durable.
         self.durable_lsn = report.lsn;
-        self.mds.begin(now);
         self.scrub.begin(now);
+        self.lineage = Lineage::decode(&self.store.label());
+        match self.lineage.begin(self.rng.next_u64() | 1, report.recovered_lsn) {
+            true => self.write_label(now, self.lineage, false),
+            false => self.mds.begin(now),
+        }
+    }
+
+    /// Makes a label durable; what it says counts once it is.
+    fn write_label(&mut self, now: Now, lineage: Lineage, acknowledged: bool) {
+        let request = StoreRequest::SetLabel { label: lineage.encode() };
+        self.submit(now, Pending::Label { acknowledged }, request);
+    }
+
+    fn on_label(&mut self, now: Now, acknowledged: bool, result: &Result<StoreReply, StoreError>, out: &mut Effects) {
+        match (acknowledged, result) {
+            (false, Ok(_)) => self.mds.begin(now),
+            (false, Err(error)) => {
+                // It is not known whether the nonce is on the disk, so nobody may hear of it.
+                self.stop(format!("the chunk store cannot be written: {error}"), out);
+            }
+            (true, Ok(_)) => {
+                self.lineage = self.lineage.acknowledge();
+                self.mds.label_written();
+            }
+            // The disk has failed: the cluster hears so, and the pending nonce or the new one is on the disk.
+            (true, Err(_)) => self.mds.label_written(),
+        }
+    }
+
+    /// True when requests are judged, if only to say that the disk failed. Until the metadata servers have admitted
+    /// this start the store may be an older copy of itself.
+    fn is_open(&self) -> bool {
+        self.opened.is_some() && (self.admitted || self.failed.is_some())
+    }
+
+    /// Requests that came before this server was open.
+    fn take_early(&mut self, now: Now, out: &mut Effects) {
         for (link, frames) in std::mem::take(&mut self.early) {
             for frame in frames {
                 self.on_frame(now, link, frame, out);
@@ -440,6 +496,7 @@ impl CsCore {
         match pending {
             Pending::Nothing => {}
             Pending::Stop => self.stop_ready = true,
+            Pending::Label { acknowledged } => self.on_label(now, acknowledged, &result, out),
             Pending::Write(write) => self.on_written(now, write, result, out),
             Pending::Read(read) => self.on_read(read, result, out),
             Pending::Flush { waiters, issued } => self.on_flushed(waiters, issued, result, out),
@@ -563,11 +620,11 @@ impl CsCore {
         if !self.links.is_up(link) {
             return;
         }
-        if self.opened.is_none() {
+        if !self.is_open() {
             let queue = self.early.entry(link).or_default();
             queue.push_back(frame);
             if queue.len() > EARLY_MAX {
-                self.close(link, "more requests than its window while the store opens", out);
+                self.close(link, "more requests than its window while this server starts", out);
             }
             return;
         }
@@ -622,6 +679,9 @@ impl CsCore {
     }
 
     fn turn(&mut self, now: Now, out: &mut Effects) {
+        if self.is_open() && !self.early.is_empty() {
+            self.take_early(now, out);
+        }
         if self.opened.is_some() {
             self.mds_turn(now, out);
             self.rebuild_turn(now, out);

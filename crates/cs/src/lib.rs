@@ -7,6 +7,7 @@
 //! `docs/design/chunk-server.md`.
 
 pub mod core;
+mod lineage;
 mod links;
 mod marks;
 pub mod repository;

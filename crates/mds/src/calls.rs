@@ -202,6 +202,8 @@ impl<B: Base> MdsCore<B> {
         self.calls.bind_server(*cs, asked.link);
         let news = self.duty.heard_server(*cs, *boot, stats, now.mono);
         let lasting = !done.is_empty() || !damaged.is_empty() || failed.is_some() || !self.is_active(*cs);
+        // One that was started from another copy of its store meanwhile is told so by the state.
+        let lasting = lasting || !self.meta.is_of_last_start(*cs, *boot);
         if news || lasting {
             return self.propose_call(now, asked, call, effects);
         }

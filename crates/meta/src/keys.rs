@@ -37,6 +37,8 @@ pub const SWEEP: u8 = b'P';
 pub const QUEUE: u8 = b'Q';
 /// Key-value store of the services.
 pub const USER: u8 = b'U';
+/// Last known start of a chunk server's store.
+pub const LINEAGE: u8 = b'T';
 /// Replica: chunk server, volume, index.
 pub const REPLICA: u8 = b'X';
 /// Place of a chunk of which a server has a copy, in the set or not: chunk server, chunk.

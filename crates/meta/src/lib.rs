@@ -28,6 +28,7 @@ mod jobs;
 mod keys;
 mod kv;
 mod leases;
+mod lineage;
 mod members;
 mod namespace;
 pub mod placement;

@@ -8,7 +8,7 @@ use crate::record::{Chunk, OrderKindRecord, Presence, Server, Standing};
 use crate::state::{Meta, short};
 use cairn_types::{ChunkId, CsId, format_size};
 use cairn_wire::mds::{
-    ChunkReport, CsState, CsStats, Location, MdsError, MdsReply, OrderDone, OrderKind, ReplicaRole, Severity,
+    ChunkReport, CsState, CsStats, Lineage, Location, MdsError, MdsReply, OrderDone, OrderKind, ReplicaRole, Severity,
 };
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -29,6 +29,7 @@ pub(crate) struct Registration {
     pub tier: u8,
     pub capacity: u64,
     pub repository: String,
+    pub lineage: Option<Lineage>,
 }
 
 /// The fields of a heartbeat.
@@ -78,6 +79,9 @@ impl<K: Kv> Meta<K> {
         };
         let is_new = known.is_none();
         let cs = known.as_ref().map_or(CsId(self.globals.next_cs), |(cs, _)| *cs);
+        if let Some(turned_away) = self.judge_lineage(cs, new.lineage.as_ref())? {
+            return Ok(turned_away);
+        }
         self.check_host_id(cs, &new.location);
         let mut server = known.map_or_else(
             || Server {
@@ -147,6 +151,10 @@ impl<K: Kv> Meta<K> {
     }
 
     pub(crate) fn cs_heartbeat(&mut self, cs: CsId, beat: Heartbeat) -> Answer {
+        self.known_server(cs)?;
+        if let Some(turned_away) = self.judge_start(cs, beat.boot) {
+            return Ok(turned_away);
+        }
         let server = self.known_server(cs)?;
         let was = server.state();
         let failed_before = server.failed.clone();

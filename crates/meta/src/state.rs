@@ -4,6 +4,7 @@ use crate::command::{Answer, Applied, Command, MetaEffect, Recipient};
 use crate::kv::{BaseKv, Kv, Memtable, Overlay, Pairs};
 use crate::placement::Slot;
 use crate::record::{Globals, Inode, STATE_VERSION, Server, Session};
+use crate::servers::Registration;
 use crate::{config, keys};
 use cairn_stdx::checksum::crc64;
 use cairn_types::{ClientId, CsId, InodeId, VolumeId};
@@ -175,6 +176,8 @@ impl<K: Kv> Meta<K> {
                 self.session_open(kind, host, host_name, purpose, nonce)
             }
             MdsRequest::CsRegister { .. }
+            | MdsRequest::CsJoin { .. }
+            | MdsRequest::CsMark { .. }
             | MdsRequest::CsHeartbeat { .. }
             | MdsRequest::CsReport { .. }
             | MdsRequest::MdsAdd { .. } => self.execute(call.session, call.wall_ns, call.request),
@@ -222,9 +225,15 @@ impl<K: Kv> Meta<K> {
             ReplicaFull { volume, epoch, cs, chunk } => self.replica_full(client, volume, epoch, cs, chunk),
             ChunkDrop { volume, epoch, index, count } => self.chunk_drop(client, volume, epoch, index, count),
             CsRegister { cs, store, addr, location, tier, capacity, repository } => {
-                let new = crate::servers::Registration { store, addr, location, tier, capacity, repository };
+                let new = Registration { store, addr, location, tier, capacity, repository, lineage: None };
                 self.cs_register(cs, new)
             }
+            CsJoin { cs, store, addr, location, tier, capacity, repository, lineage } => {
+                let lineage = Some(lineage);
+                let new = Registration { store, addr, location, tier, capacity, repository, lineage };
+                self.cs_register(cs, new)
+            }
+            CsMark { cs, boot, durable } => self.cs_mark(cs, boot, durable),
             CsHeartbeat { cs, boot, stats, done, damaged, failed } => {
                 let beat = crate::servers::Heartbeat { boot, stats, done, damaged, failed };
                 self.cs_heartbeat(cs, beat)

@@ -186,6 +186,11 @@ pub enum StoreRequest {
         /// Blocks to look at, at most [`REQUEST_BLOCKS_MAX`].
         limit: u32,
     },
+    /// Keeps a few bytes for the owner of the store, in place of those before. Durable when answered.
+    SetLabel {
+        /// The bytes.
+        label: [u8; crate::LABEL_BYTES],
+    },
     /// Writes a checkpoint now: before a planned stop, so that the next start has nothing to replay.
     Checkpoint,
 }
@@ -376,8 +381,10 @@ pub struct OpenReport {
     pub generation: u64,
     /// Groups replayed on top of it.
     pub groups_replayed: u64,
-    /// The highest log sequence number recovered.
+    /// The highest log sequence number: that of this session's first group.
     pub lsn: u64,
+    /// The highest log sequence number found: everything ever reported durable is at or below it.
+    pub recovered_lsn: u64,
     /// Chunks on the store.
     pub chunks: u64,
     /// A group at the end of the log was incomplete and dropped: no flush had covered it.

@@ -183,6 +183,7 @@ impl Engine {
             generation,
             chain: if planted!("store_checkpoint_drops_last") { self.formed } else { self.applied },
             trees: [0, 1, 2, 3].map(|i| self.trees[i].root()),
+            label: state.label,
         };
         self.checkpoint_slots_written += (leaves.len() + pages.len()) as u64 + 2;
         coalesce(pages, &mut writes);

@@ -1,7 +1,7 @@
 //! Making a store on an empty device.
 
 use crate::api::{FormatError, StoreConfig};
-use crate::layout::superblock::{ChainPosition, Superblock, TREES, TreeRoot};
+use crate::layout::superblock::{ChainPosition, LABEL_BYTES, Superblock, TREES, TreeRoot};
 use crate::layout::{FIRST_SLOT, Run, SLOT_U64, SLOTS_MAX, SLOTS_MIN, SUPERBLOCK_SLOTS};
 use cairn_env::{Buf, DiskOp};
 use cairn_stdx::checksum::crc64;
@@ -44,6 +44,7 @@ pub fn format(config: &StoreConfig, device_size: u64) -> Result<Vec<DiskOp>, For
                 after: FIRST_AFTER,
             },
             trees: [TreeRoot::default(); TREES],
+            label: [0; LABEL_BYTES],
         };
         let bytes = superblock.encode();
         ops.extend(SUPERBLOCK_SLOTS[generation as usize].iter().map(|slot| write(*slot, &bytes)));

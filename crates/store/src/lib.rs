@@ -41,7 +41,7 @@ pub use api::{
 };
 pub use chunks::ChunkInfo;
 pub use format::format;
-pub use layout::superblock::SuperblockError;
+pub use layout::superblock::{LABEL_BYTES, SuperblockError};
 pub use layout::{CHUNK_BLOCKS_MAX, FORMAT_VERSION, LEAF_BLOCKS, SLOTS_MAX, SLOTS_MIN, TAG_BYTES_MAX, VERSION_MAX};
 pub use store::Store;
 pub use volumes::TailEntry;

@@ -166,6 +166,7 @@ impl Recovery {
         let newest = copies.into_iter().filter_map(|(slot, page)| Some((slot, page.filter(is_newest)?))).collect();
         self.rewrite(newest);
         self.state = State::new(root.slot_count, (self.options.cache_bytes / SLOT_U64) as usize);
+        self.state.label = root.label;
         if root.trees[0].pages > self.state.live.page_count() {
             return Err(damaged("superblock", 0, "the bitmap tree has too many pages"));
         }
@@ -468,6 +469,7 @@ impl Recovery {
             generation: root.generation,
             groups_replayed: groups.len() as u64,
             lsn: self.position.group,
+            recovered_lsn: self.position.group,
             chunks: self.state.chunks.len(),
             torn_tail: self.torn_tail,
         };

@@ -4,6 +4,7 @@
 use crate::bitmap::LiveMap;
 use crate::chunks::{ChunkInfo, ChunkTable, NOT_CACHED};
 use crate::layout::group::{Record, Stamp, records};
+use crate::layout::superblock::LABEL_BYTES;
 use crate::layout::{LEAF_BLOCKS, PageKind, bound_checksum};
 use crate::leaf::{Cache, Entry, LEAF_ENTRIES, Leaf, parse_leaf};
 use crate::space::Space;
@@ -26,6 +27,8 @@ pub(crate) struct State {
     pub replay_leaves: u64,
     /// Blocks mapped in all chunks.
     pub mapped_blocks: u64,
+    /// What the owner keeps here.
+    pub label: [u8; LABEL_BYTES],
 }
 
 impl State {
@@ -42,6 +45,7 @@ impl State {
             unplaced_leaves: 0,
             replay_leaves: 0,
             mapped_blocks: 0,
+            label: [0; LABEL_BYTES],
         }
     }
 
@@ -130,6 +134,7 @@ impl State {
                 Record::Fence { volume, epoch } => self.volumes.raise_fence(volume, epoch),
                 Record::Settle { volume, epoch, sequence } => self.settle(volume, (epoch, sequence)),
                 Record::Forget { volume } => self.volumes.forget(volume),
+                Record::SetLabel { label } => self.label = label,
                 Record::ForgetTail { chunk } => {
                     let owner = self.chunks.get_mut(chunk).ok_or("a tail of a chunk that does not exist")?;
                     owner.tail = crate::tail::TailMap::default();

@@ -159,6 +159,11 @@ impl Store {
         self.engine().and_then(|engine| engine.state.volumes.get(volume)).map_or_else(Default::default, |v| v.settled)
     }
 
+    /// What the owner last kept here with [`StoreRequest::SetLabel`] and is in the log; zeros in a new store.
+    pub fn label(&self) -> [u8; crate::LABEL_BYTES] {
+        self.engine().map_or([0; crate::LABEL_BYTES], |engine| engine.state.label)
+    }
+
     /// The log sequence number up to which everything is durable.
     pub fn durable_lsn(&self) -> u64 {
         self.engine().map_or(0, |engine| engine.durable)

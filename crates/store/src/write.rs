@@ -11,6 +11,7 @@ use crate::engine::{AwaitingFlush, Engine, Io, Waiter};
 use crate::layout::group::{
     CREATE_RECORD_BYTES, GROUP_BODY_BYTES, GroupHeader, RUN_BYTES, RecordWriter, Stamp, WRITE_RECORD_BYTES,
 };
+use crate::layout::superblock::LABEL_BYTES;
 use crate::layout::{CHUNK_BLOCKS_MAX, LEAF_BLOCKS, Run, SLOT, SLOT_U64, TAG_BYTES_MAX, VERSION_MAX};
 use cairn_env::{Buf, BufMut, DiskError, DiskOp};
 use cairn_stdx::planted;
@@ -46,6 +47,7 @@ pub(crate) enum Change {
     ForgetTail,
     Fence(VolumeId, Epoch),
     Forget(VolumeId),
+    SetLabel([u8; LABEL_BYTES]),
 }
 
 /// A change on its way to the log.
@@ -83,7 +85,7 @@ impl Mutation {
     }
 
     fn concerns_chunk(&self) -> bool {
-        !matches!(self.change, Change::Fence(..) | Change::Forget(_))
+        !matches!(self.change, Change::Fence(..) | Change::Forget(_) | Change::SetLabel(_))
     }
 }
 
@@ -242,6 +244,7 @@ impl Engine {
                 mutation.change = Change::ForgetTail;
             }
             StoreRequest::Fence { volume, epoch } => mutation.change = Change::Fence(volume, epoch),
+            StoreRequest::SetLabel { label } => mutation.change = Change::SetLabel(label),
             StoreRequest::ForgetVolume { volume } => {
                 if self.state.chunks.of_volume(volume).next().is_some() {
                     return invalid("a volume with chunks cannot be forgotten");
@@ -719,6 +722,7 @@ fn piece_of(mutation: &Mutation, room: usize) -> (Option<u32>, usize) {
         Change::Unmap { .. } => (None, WRITE_RECORD_BYTES),
         Change::Create(info) => (None, CREATE_RECORD_BYTES + info.tag.len()),
         Change::SetTag(tag) => (None, META_RECORD_BYTES + tag.len()),
+        Change::SetLabel(label) => (None, META_RECORD_BYTES + label.len()),
         _ => (None, META_RECORD_BYTES),
     }
 }
@@ -743,6 +747,7 @@ fn record_piece(mutation: &Mutation, first: u32, blocks: u32, writer: &mut Recor
         Change::ForgetTail => writer.forget_tail(chunk),
         Change::Fence(volume, epoch) => writer.fence(*volume, *epoch),
         Change::Forget(volume) => writer.forget(*volume),
+        Change::SetLabel(label) => writer.set_label(label),
     }
 }
 

@@ -341,7 +341,8 @@ pub enum MdsRequest {
     },
 
     // Chunk servers.
-    /// A chunk server joins or comes back; answered by [`MdsReply::CsRegistered`].
+    /// A chunk server joins or comes back, without saying where its store stands; answered by
+    /// [`MdsReply::CsRegistered`]. Sent by earlier servers, refused from a server that has said it once.
     CsRegister {
         /// Its id, none for a new server.
         cs: Option<CsId>,
@@ -486,6 +487,36 @@ pub enum MdsRequest {
         /// Number of the page; the last one may be asked for again.
         page: u64,
     },
+    /// A chunk server joins or comes back, and says which of all states of its store this one is; answered by
+    /// [`MdsReply::CsRegistered`], or by [`MdsReply::CsTurnedAway`] when it is not the one the cluster last knew. Sent
+    /// again with `previous` equal to `nonce` once the first answer is durable in the store: only then it serves.
+    CsJoin {
+        /// Its id, none for a new server.
+        cs: Option<CsId>,
+        /// Uuid of its store; a known id with another uuid is refused.
+        store: [u8; 16],
+        /// Where clients reach it.
+        addr: SocketAddr,
+        /// Where it stands.
+        location: Location,
+        /// Tier 0 to 3.
+        tier: u8,
+        /// Capacity in bytes.
+        capacity: u64,
+        /// Repository directory, for `list-services`.
+        repository: String,
+        /// Where its store stands.
+        lineage: Lineage,
+    },
+    /// How much of its store's log is durable: a copy with less is an older one. Answered by [`MdsReply::Done`].
+    CsMark {
+        /// The server.
+        cs: CsId,
+        /// Drawn at each start.
+        boot: u64,
+        /// The highest durable log sequence number.
+        durable: u64,
+    },
 }
 
 /// Answers.
@@ -623,6 +654,11 @@ pub enum MdsReply {
         pairs: Vec<(Vec<u8>, Vec<u8>)>,
         /// False: the state is being written down; ask for the same page again in a moment.
         ready: bool,
+    },
+    /// The store of this chunk server is an older or a second copy: it must stop, nothing of it is used.
+    CsTurnedAway {
+        /// What was found, and what to do.
+        reason: String,
     },
 }
 

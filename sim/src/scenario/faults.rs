@@ -6,7 +6,7 @@ use super::{Scenario, TOKEN_FAULT, TOKEN_RESTORE, Verdict};
 use crate::stamp::Stamp;
 use crate::world::{MS, NodeIndex, SECOND};
 use cairn_cs::CsCore;
-use cairn_env_sim::{Fault, OpKind};
+use cairn_env_sim::{Fault, OpKind, SimDisk};
 use cairn_stdx::Rng;
 use cairn_types::{BLOCK_SIZE, BLOCK_SIZE_U64};
 use std::collections::BTreeMap;
@@ -24,6 +24,16 @@ enum Restore {
     Resume(NodeIndex),
     FastDisk(NodeIndex),
     MendDisk(NodeIndex),
+    RightDisk(usize),
+}
+
+/// A copy of a chunk server's disk: taken, then started from while the disk itself lies aside.
+struct OldCopy {
+    index: usize,
+    taken: u64,
+    /// The copy; once it was put in, the right one.
+    other: SimDisk,
+    is_in: bool,
 }
 
 /// The state of the faults of a run.
@@ -35,11 +45,19 @@ pub(super) struct Faults {
     failing: BTreeMap<NodeIndex, Option<u64>>,
     /// The client on an island.
     isolated: Option<usize>,
+    old_copy: Option<OldCopy>,
 }
 
 impl Faults {
     pub fn new(rng: Rng) -> Self {
-        Self { rng, restores: BTreeMap::new(), next_restore: TOKEN_RESTORE, failing: BTreeMap::new(), isolated: None }
+        Self {
+            rng,
+            restores: BTreeMap::new(),
+            next_restore: TOKEN_RESTORE,
+            failing: BTreeMap::new(),
+            isolated: None,
+            old_copy: None,
+        }
     }
 }
 
@@ -63,7 +81,8 @@ impl Scenario {
         match kind {
             FaultKind::KillCs => {
                 let index = self.faults.rng.below(self.cluster.cs.len() as u64) as usize;
-                if self.cluster.is_running(self.cluster.cs[index].node) {
+                let on_copy = self.faults.old_copy.as_ref().is_some_and(|copy| copy.is_in && copy.index == index);
+                if !on_copy && self.cluster.is_running(self.cluster.cs[index].node) {
                     self.cluster.world.kill(self.cluster.cs[index].node);
                     self.later(Restore::StartCs(index));
                 }
@@ -131,6 +150,7 @@ impl Scenario {
             FaultKind::Rot => self.rot(),
             FaultKind::CutHost => self.cut_host()?,
             FaultKind::Island => self.isolate_host(),
+            FaultKind::OldCopy => self.use_old_copy()?,
         }
         Ok(())
     }
@@ -165,6 +185,7 @@ impl Scenario {
                 self.cluster.world.nodes[node.0].disk_delay_ns = 0;
             }
             Some(Restore::MendDisk(node)) => self.mend_disk(node),
+            Some(Restore::RightDisk(index)) => self.put_right_disk_back(index),
             None => {}
         }
     }
@@ -223,7 +244,9 @@ impl Scenario {
     /// True when a process may give up: its disk fails, or did when a request was made that is answered now.
     pub(super) fn may_give_up(&self, node: NodeIndex) -> bool {
         let now = self.now();
-        self.faults.failing.get(&node).is_some_and(|mended| mended.is_none_or(|at| now - at < ANSWERS_LATE))
+        let is_old = |copy: &OldCopy| copy.is_in && self.cluster.cs[copy.index].node == node;
+        self.faults.old_copy.as_ref().is_some_and(is_old)
+            || self.faults.failing.get(&node).is_some_and(|mended| mended.is_none_or(|at| now - at < ANSWERS_LATE))
     }
 
     /// True when the disk of some chunk server has failed since then: it may have held the last current copy in reach,
@@ -244,6 +267,51 @@ impl Scenario {
         let (byte, bit) = (self.faults.rng.below(BLOCK_SIZE_U64), self.faults.rng.below(8) as u8);
         disk.rot(page * BLOCK_SIZE_U64 + byte, bit);
         self.cluster.world.note(format_args!("bit rot at {node:?}, page {page}"));
+    }
+
+    /// Copies the disk of a chunk server as it runs; the next time starts the server from the copy, if all that is
+    /// durable was told: then the copy is refused, or lacks nothing.
+    fn use_old_copy(&mut self) -> Verdict {
+        let now = self.now();
+        let Some(mut copy) = self.faults.old_copy.take() else {
+            let index = self.faults.rng.below(self.cluster.cs.len() as u64) as usize;
+            let node = self.cluster.cs[index].node;
+            let mut other = self.cluster.world.nodes[node.0].disks[0].clone();
+            other.kill(&mut self.faults.rng);
+            self.cluster.world.note(format_args!("the disk of {node:?} is copied"));
+            self.faults.old_copy = Some(OldCopy { index, taken: now, other, is_in: false });
+            return Ok(());
+        };
+        let node = self.cluster.cs[copy.index].node;
+        let told = self.cluster.world.inspect::<CsCore, _>(node, |core| core.is_durable_told());
+        if !copy.is_in && now > copy.taken + SECOND && told == Some(true) {
+            self.power_is_lost(&[copy.index])?;
+            self.cluster.world.kill(node);
+            std::mem::swap(&mut self.cluster.world.nodes[node.0].disks[0], &mut copy.other);
+            copy.is_in = true;
+            self.cluster.world.note(format_args!("{node:?} starts from an older copy of its disk"));
+            self.cluster.start_cs(copy.index);
+            let after = self.faults.rng.range(SECOND, 6 * SECOND);
+            self.restore_after(after, Restore::RightDisk(copy.index));
+        }
+        self.faults.old_copy = Some(copy);
+        Ok(())
+    }
+
+    /// A copy that was let in stays, since it lacks nothing; else the right disk comes back.
+    fn put_right_disk_back(&mut self, index: usize) {
+        let node = self.cluster.cs[index].node;
+        match self.cluster.world.inspect::<CsCore, _>(node, |core| core.is_admitted()) {
+            Some(false) => return self.restore_after(SECOND, Restore::RightDisk(index)),
+            Some(true) => self.faults.old_copy = None,
+            None => {
+                let copy = self.faults.old_copy.take().expect("put in before");
+                self.cluster.world.fatal.retain(|(other, _)| *other != node);
+                self.cluster.world.nodes[node.0].disks[0] = copy.other;
+                self.cluster.world.note(format_args!("{node:?} has its own disk again"));
+                self.cluster.start_cs(index);
+            }
+        }
     }
 
     fn resume(&mut self, node: NodeIndex) {

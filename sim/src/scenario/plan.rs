@@ -30,14 +30,18 @@ pub(super) enum FaultKind {
     Island,
     /// A flush of a server fails once; its process starts anew, and what the flush had covered must not be trusted.
     FlushFails,
+    /// A chunk server is started from an older copy of its disk; the right one is put back later.
+    OldCopy,
 }
 
-/// Seeds with these remainders have hosts that lose power, islands, or flushes that fail before a cut. No draw decides
+/// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, or old copies of
+/// disks. No draw decides
 /// it, so that the seeds of the regression list, none of which has such a remainder, stay what they were.
 pub(crate) const SEEDS_OF: u64 = 18;
 pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
 pub(crate) const SEEDS_FLUSH_FAILS: u64 = 10;
+pub(crate) const SEEDS_OLD_COPY: u64 = 7;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -141,6 +145,11 @@ impl Plan {
                 SEEDS_CUT_HOST => plan.draw_hosts(FaultKind::CutHost, rng),
                 SEEDS_ISLAND => plan.draw_hosts(FaultKind::Island, rng),
                 SEEDS_FLUSH_FAILS => plan.faults = vec![FaultKind::FlushFails, FaultKind::CutCs, FaultKind::CutMds],
+                SEEDS_OLD_COPY => {
+                    plan.fault_every = 600 * MS;
+                    plan.faults =
+                        vec![FaultKind::OldCopy, FaultKind::OldCopy, FaultKind::KillCs, FaultKind::KillClient];
+                }
                 _ => {}
             }
         }

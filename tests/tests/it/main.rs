@@ -11,6 +11,7 @@ mod fsx;
 mod full;
 mod mounting;
 mod nbd;
+mod old_copy;
 mod postgres;
 mod quickstart;
 mod stopped;

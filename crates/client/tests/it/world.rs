@@ -86,7 +86,7 @@ impl Mds {
             self.sessions.insert(call.session, (link, now.mono));
         }
         let cs = match &call.request {
-            MdsRequest::CsHeartbeat { cs, .. } | MdsRequest::CsRegister { cs: Some(cs), .. } => Some(*cs),
+            MdsRequest::CsHeartbeat { cs, .. } | MdsRequest::CsJoin { cs: Some(cs), .. } => Some(*cs),
             _ => None,
         };
         if let Some(cs) = cs {

@@ -15,6 +15,8 @@ use std::net::SocketAddr;
 
 /// Time between heartbeats.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
+/// What is durable is told this often at most, when it moved: a copy of the store with less is an older one.
+pub const MARK_EVERY: Duration = Duration::from_secs(5);
 /// Time between full chunk reports.
 pub const REPORT_EVERY: Duration = Duration::from_secs(3600);
 /// Copies in one piece of a report.
@@ -52,6 +54,7 @@ enum Asked {
     Register,
     Heartbeat { done: usize, damaged: usize },
     Report { last: bool },
+    Mark { durable: u64 },
 }
 
 /// State of the link.
@@ -69,6 +72,11 @@ pub(super) struct MdsLink {
     backoff: Duration,
     registered: bool,
     ever_registered: bool,
+    /// The label that says so is being written: nothing is asked meanwhile.
+    labelling: bool,
+    /// The highest log sequence number told to be durable, and when the next may be told.
+    marked: u64,
+    mark_at: Instant,
     next_id: u64,
     outstanding: Option<(u64, Asked, Instant)>,
     heartbeat_at: Instant,
@@ -97,6 +105,9 @@ impl MdsLink {
             backoff: BACKOFF[0],
             registered: false,
             ever_registered: false,
+            labelling: false,
+            marked: 0,
+            mark_at: Instant(0),
             next_id: 1,
             outstanding: None,
             heartbeat_at: Instant(0),
@@ -117,6 +128,16 @@ impl MdsLink {
 
     pub(super) fn begin(&mut self, now: Now) {
         self.phase = Phase::Pause { until: now.mono };
+    }
+
+    /// The highest log sequence number told to be durable.
+    pub(super) fn marked(&self) -> u64 {
+        self.marked
+    }
+
+    /// The label of the store is written, or cannot be.
+    pub(super) fn label_written(&mut self) {
+        self.labelling = false;
     }
 
     pub(super) fn heartbeat_now(&mut self) {
@@ -155,6 +176,8 @@ impl MdsLink {
             Phase::Pause { until } | Phase::Connecting { until, .. } => *until,
             Phase::Up { .. } => match &self.outstanding {
                 Some((_, _, deadline)) => *deadline,
+                // The answer of the store comes with a turn of its own.
+                None if self.labelling => self.heartbeat_at,
                 None if self.urgent => Instant(0),
                 None => self.heartbeat_at,
             },
@@ -200,6 +223,10 @@ impl CsCore {
             }
             return;
         }
+        if self.mds.labelling {
+            self.mds.heartbeat_at = now.mono + HEARTBEAT_EVERY;
+            return;
+        }
         let (asked, request) = match self.mds.cs.filter(|_| self.mds.registered) {
             None => (Asked::Register, self.registration()),
             Some(cs) if self.mds.urgent || now.mono >= self.mds.heartbeat_at => {
@@ -207,20 +234,43 @@ impl CsCore {
                 self.mds.heartbeat_at = now.mono + HEARTBEAT_EVERY;
                 self.heartbeat(cs)
             }
+            Some(cs) if self.durable_lsn > self.mds.marked && now.mono >= self.mds.mark_at => {
+                self.mds.mark_at = now.mono + MARK_EVERY;
+                self.mark(cs)
+            }
             Some(cs) => match self.report_page(now, cs) {
                 Some(page) => page,
                 None => return,
             },
         };
+        let id = self.mds_send(now, link, request, out);
+        self.mds.outstanding = Some((id, asked, now.mono + ANSWER_PATIENCE));
+    }
+
+    fn mds_send(&mut self, now: Now, link: LinkId, request: MdsRequest, out: &mut Effects) -> u64 {
         let id = self.mds.next_id;
         self.mds.next_id += 1;
-        self.mds.outstanding = Some((id, asked, now.mono + ANSWER_PATIENCE));
         let call = Call { session: ClientId(0), sequence: 0, acknowledged: 0, wall_ns: now.wall_ns, request };
         out.send(link, FrameKind::MdsCall, id, cairn_wire::encode(&call));
+        id
+    }
+
+    fn mark(&self, cs: CsId) -> (Asked, MdsRequest) {
+        let durable = self.durable_lsn;
+        (Asked::Mark { durable }, MdsRequest::CsMark { cs, boot: self.boot, durable })
+    }
+
+    /// Before a planned stop: what is durable by now. Nobody waits for the answer.
+    pub(super) fn mds_last_mark(&mut self, now: Now, out: &mut Effects) {
+        if let (Phase::Up { link }, Some(cs), true) = (&self.mds.phase, self.mds.cs, self.mds.registered) {
+            let link = *link;
+            let (_, request) = self.mark(cs);
+            self.mds_send(now, link, request, out);
+        }
     }
 
     fn registration(&self) -> MdsRequest {
-        MdsRequest::CsRegister {
+        MdsRequest::CsJoin {
             cs: self.mds.cs,
             store: self.config.store,
             addr: self.config.addr,
@@ -228,6 +278,7 @@ impl CsCore {
             tier: self.config.tier,
             capacity: self.stats().capacity,
             repository: self.config.repository.clone(),
+            lineage: self.lineage.told(self.boot),
         }
     }
 
@@ -409,10 +460,15 @@ impl CsCore {
                     );
                     return self.stop(reason, out);
                 }
+                self.mds.cs = Some(cs);
+                if !self.lineage.is_acknowledged() && self.failed.is_none() {
+                    self.mds.labelling = true;
+                    return self.write_label(now, self.lineage.acknowledge(), true);
+                }
                 if !self.mds.ever_registered {
                     out.log.push(format!("registered as {cs}"));
                 }
-                self.mds.cs = Some(cs);
+                self.admitted |= self.lineage.is_acknowledged();
                 self.mds.registered = true;
                 self.mds.ever_registered = true;
                 self.mds.hops = 0;
@@ -435,6 +491,8 @@ impl CsCore {
                 }
                 self.take_orders(now, orders, out);
             }
+            (Asked::Mark { durable }, Ok(MdsReply::Done)) => self.mds.marked = durable,
+            (_, Ok(MdsReply::CsTurnedAway { reason })) => self.stop(reason, out),
             (_, Err(MdsError::NotLeader { leader })) => self.mds_follow(now, leader, out),
             (Asked::Register, Err(MdsError::Refused(reason))) if !self.mds.ever_registered => {
                 let reason = format!("the metadata servers refuse this chunk server: {reason}");

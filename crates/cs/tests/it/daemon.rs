@@ -35,12 +35,13 @@ impl Process for Other {
             Event::Net(NetEvent::Frame { link, frame }) => {
                 let call: Call = cairn_wire::decode("call", &frame.prefix).unwrap();
                 let reply: Result<MdsReply, MdsError> = match call.request {
-                    MdsRequest::CsRegister { .. } => Ok(MdsReply::CsRegistered { cs: CsId(1030), cluster: CLUSTER }),
+                    MdsRequest::CsJoin { .. } => Ok(MdsReply::CsRegistered { cs: CsId(1030), cluster: CLUSTER }),
                     MdsRequest::CsHeartbeat { cs, .. } => {
                         assert_eq!(cs, CsId(1030));
                         self.heartbeats += 1;
                         Ok(MdsReply::Orders(Vec::new()))
                     }
+                    MdsRequest::CsMark { .. } => Ok(MdsReply::Done),
                     _ => Ok(MdsReply::Orders(Vec::new())),
                 };
                 out.send(link, FrameKind::MdsReply, frame.id, cairn_wire::encode(&reply));

@@ -58,6 +58,10 @@ pub struct Node {
     pub reports: BTreeMap<ChunkId, ChunkVersion>,
     pub heartbeats: u64,
     pub registrations: u64,
+    /// Nonce of a registration that was answered and is to be confirmed.
+    pub unconfirmed: Option<u64>,
+    /// What was told to be durable.
+    pub marked: u64,
     /// Errors to answer the next calls with.
     pub mds_errors: VecDeque<MdsError>,
     mds_link: Option<LinkId>,
@@ -149,6 +153,8 @@ impl World {
                 reports: BTreeMap::new(),
                 heartbeats: 0,
                 registrations: 0,
+                unconfirmed: None,
+                marked: 0,
                 mds_errors: VecDeque::new(),
                 mds_link: None,
             });
@@ -351,10 +357,13 @@ impl World {
         let n = &mut self.nodes[node];
         let reply = match (n.mds_errors.pop_front(), request) {
             (Some(error), _) => Err(error),
-            (None, MdsRequest::CsRegister { cs, store, .. }) => {
+            (None, MdsRequest::CsJoin { cs, store, lineage, .. }) => {
                 assert_eq!(store, n.config.store);
                 assert!(cs.is_none_or(|cs| cs == cs_of(node)));
-                n.registrations += 1;
+                // Told again when the label is durable: the same registration.
+                let confirms = lineage.previous == lineage.nonce && n.unconfirmed.take() == Some(lineage.nonce);
+                n.unconfirmed = (lineage.previous != lineage.nonce).then_some(lineage.nonce);
+                n.registrations += u64::from(!confirms);
                 Ok(MdsReply::CsRegistered { cs: cs_of(node), cluster: CLUSTER })
             }
             (None, MdsRequest::CsHeartbeat { done, damaged, failed, .. }) => {
@@ -366,6 +375,10 @@ impl World {
                 n.damaged.extend(damaged);
                 n.told_failed = failed;
                 Ok(MdsReply::Orders(n.orders.clone()))
+            }
+            (None, MdsRequest::CsMark { durable, .. }) => {
+                n.marked = durable;
+                Ok(MdsReply::Done)
             }
             (None, MdsRequest::CsReport { chunks, .. }) => {
                 n.reports.extend(chunks.iter().map(|report| (report.chunk, report.version)));

@@ -1,7 +1,7 @@
 //! Group headers: one slot of records in front of (or, on a fragmented disk, beside) the data slots they describe.
 
 use super::bytes::{Put, Take};
-use super::superblock::{COUNT_MAX, ChainPosition};
+use super::superblock::{COUNT_MAX, ChainPosition, LABEL_BYTES};
 use super::{CHUNK_BLOCKS_MAX, FORMAT_VERSION, Run, SLOT, TAG_BYTES_MAX, VERSION_MAX, is_superblock};
 use cairn_env::BufMut;
 use cairn_stdx::checksum::crc64;
@@ -89,6 +89,9 @@ pub(crate) enum Record<'a> {
     },
     ForgetTail {
         chunk: ChunkId,
+    },
+    SetLabel {
+        label: [u8; LABEL_BYTES],
     },
 }
 
@@ -179,6 +182,11 @@ impl RecordWriter {
     pub(crate) fn forget_tail(&mut self, chunk: ChunkId) {
         self.begin(10, 0, 0);
         self.words(&[chunk.0]);
+    }
+
+    pub(crate) fn set_label(&mut self, label: &[u8; LABEL_BYTES]) {
+        self.begin(11, 0, 0);
+        self.bytes.extend_from_slice(label);
     }
 
     pub(crate) fn forget(&mut self, volume: VolumeId) {
@@ -370,6 +378,7 @@ fn decode_record<'a>(take: &mut Take<'a>) -> Option<Record<'a>> {
         }
         9 => Record::Forget { volume: VolumeId(take.u64()?) },
         10 => Record::ForgetTail { chunk: ChunkId(take.u64()?) },
+        11 => Record::SetLabel { label: take.array()? },
         _ => return None,
     })
 }

@@ -8,6 +8,8 @@ use cairn_types::ClusterId;
 const MAGIC: [u8; 8] = *b"CAIRNCS1";
 /// Counters of groups, sessions and generations stay below this; a higher one is forged.
 pub(crate) const COUNT_MAX: u64 = 1 << 60;
+/// Bytes the owner of a store keeps in it; see [`crate::StoreRequest::SetLabel`].
+pub const LABEL_BYTES: usize = 32;
 /// Metadata trees, in the order of their roots: bitmap, chunks, volumes, tails.
 pub(crate) const TREES: usize = 4;
 
@@ -41,6 +43,7 @@ pub(crate) struct Superblock {
     pub generation: u64,
     pub chain: ChainPosition,
     pub trees: [TreeRoot; TREES],
+    pub label: [u8; LABEL_BYTES],
 }
 
 /// Why a slot is no superblock.
@@ -89,6 +92,7 @@ impl Superblock {
             put.u64(tree.top.slot);
             put.u64(tree.top.checksum);
         }
+        put.bytes(&self.label);
         let checksum = crc64(&slot[16..]);
         slot[8..16].copy_from_slice(&checksum.to_le_bytes());
         slot
@@ -123,6 +127,7 @@ impl Superblock {
             tree.pages = take.u64()?;
             tree.top = Pointer { slot: take.u64()?, checksum: take.u64()? };
         }
+        let label = take.array()?;
         let field = |field| Some(Err(SuperblockError::Field { field }));
         if !(SLOTS_MIN..=SLOTS_MAX).contains(&slot_count) {
             return field("slot_count");
@@ -137,6 +142,6 @@ impl Superblock {
             return field("trees");
         }
         let chain = ChainPosition { group, session, header_checksum, current, after };
-        Some(Ok(Self { cluster, store_uuid, slot_count, generation, chain, trees }))
+        Some(Ok(Self { cluster, store_uuid, slot_count, generation, chain, trees, label }))
     }
 }

@@ -494,3 +494,19 @@ pub enum OrderKind {
     /// [`CsOrder::Delete`].
     Delete,
 }
+
+/// Where a chunk store stands in its own history, told at registration. Each start that is acknowledged has a nonce of
+/// its own, and names that of the start before: a copy of the store that was left behind names another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// Number of this start, counting those that were acknowledged.
+    pub generation: u64,
+    /// Nonce of the last start that was acknowledged; zero in a new store. Equal to `nonce` when this start has been.
+    pub previous: u64,
+    /// Nonce of this start.
+    pub nonce: u64,
+    /// Drawn by the process, as in its heartbeats.
+    pub boot: u64,
+    /// The highest log sequence number the store held when this start began.
+    pub recovered: u64,
+}
