@@ -71,6 +71,7 @@ pub const PLANTED: &[Planted] = &[
     on_islands(bug("epoch_not_raised_on_regrant", Invariant::I3, 100)),
     with_old_copies(bug("old_copy_let_in", Invariant::I3, 100)),
     with_old_copies(bug("old_copy_judged_by_starts_only", Invariant::I3, 100)),
+    bug("damaged_copy_goes_first", Invariant::I17, RARE),
     bug("chunk_counts_drift", Invariant::Accounting, 400),
     bug("rename_retry_executes_again", Invariant::I18, 100),
     bug("raft_ack_before_sync", Invariant::I17, 600),

@@ -47,6 +47,14 @@ impl Stamp {
         bytes.chunks_exact(STAMP_SIZE).filter(|piece| piece.starts_with(&magic)).count() > bytes.len() / STAMP_SIZE / 2
     }
 
+    /// Volume and unit of the first stamp in a block, and where in the block it stands.
+    pub fn place(bytes: &[u8]) -> Option<(u64, u64, usize)> {
+        let magic = 0x4341_4952_4e53_544d_u64.to_le_bytes();
+        let at = bytes.chunks_exact(STAMP_SIZE).position(|piece| piece.starts_with(&magic))? * STAMP_SIZE;
+        let word = |i: usize| u64::from_le_bytes(bytes[at + 8 * i..at + 8 * i + 8].try_into().expect("eight bytes"));
+        Some((word(1), word(2), at))
+    }
+
     /// The value a block of `volume` carries; 0 for zeros.
     ///
     /// # Errors

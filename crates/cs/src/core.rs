@@ -271,7 +271,7 @@ impl CsCore {
 
     /// True when the metadata servers know how much of the store is durable: an older copy would be found out.
     pub fn is_durable_told(&self) -> bool {
-        self.admitted && self.mds.marked() >= self.durable_lsn
+        self.admitted && self.mds.marked() >= self.store.durable_lsn()
     }
 
     /// Number drawn at this start.

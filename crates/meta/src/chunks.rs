@@ -170,6 +170,10 @@ impl<K: Kv> Meta<K> {
         let (old_replicas, new_replicas) = (replicas(old), replicas(new));
         for cs in old_replicas.iter().filter(|cs| !new_replicas.contains(cs)) {
             self.delete(&keys::replica(*cs, volume, index));
+            // The copy leaves the set: what comes in its place is made anew.
+            if self.damaged.remove(&(id, *cs)) {
+                self.delete(&keys::damaged(*cs, id));
+            }
         }
         for cs in new_replicas.iter().filter(|cs| !old_replicas.contains(cs)) {
             self.put(&keys::replica(*cs, volume, index), Vec::new());

@@ -37,6 +37,8 @@ pub const SWEEP: u8 = b'P';
 pub const QUEUE: u8 = b'Q';
 /// Key-value store of the services.
 pub const USER: u8 = b'U';
+/// Copy of the set with a damaged block: chunk server, chunk.
+pub const DAMAGED: u8 = b'R';
 /// Last known start of a chunk server's store.
 pub const LINEAGE: u8 = b'T';
 /// Replica: chunk server, volume, index.
@@ -101,6 +103,11 @@ fn cs_and_chunk(table: u8, cs: CsId, chunk: ChunkId) -> [u8; 13] {
     key[1..5].copy_from_slice(&cs.0.to_be_bytes());
     key[5..].copy_from_slice(&chunk.0.to_be_bytes());
     key
+}
+
+/// A damaged copy on a server.
+pub fn damaged(cs: CsId, chunk: ChunkId) -> [u8; 13] {
+    cs_and_chunk(DAMAGED, cs, chunk)
 }
 
 /// An order for a server.

@@ -3,7 +3,7 @@
 //! A chunk that needs work stands in the repair queue, blocked before urgent before degraded before tidying. A copy is
 //! made by a version change that adds a rebuilding replica, which gets all writes from then on; when its server reports
 //! that the rest is copied, a second version change promotes it. Servers that came back are freshened before new ones
-//! are filled. Copies beyond the wanted number go only once the others are current.
+//! are filled. Copies beyond the wanted number go only once the others are current, and so do damaged ones.
 
 use crate::kv::Kv;
 use crate::placement::{self, Wish};
@@ -42,8 +42,10 @@ struct Census {
     silent: usize,
     /// Current, on a server that answers or has just become silent, and stays.
     staying: usize,
-    /// Current, on a server that is leaving or gone.
+    /// Current, on a server that is leaving or gone, or damaged.
     departing: usize,
+    /// Current, on a server that answers or has just become silent, with a damaged block.
+    damaged: usize,
     /// Being made.
     rebuilding: usize,
     /// Being made, on a server that is gone.
@@ -53,6 +55,11 @@ struct Census {
 impl<K: Kv> Meta<K> {
     pub(crate) fn standing(&self, cs: CsId) -> Standing {
         self.servers.get(&cs).map_or(Standing::Gone, |server| server.standing())
+    }
+
+    /// True for a current copy with a bad block that is not the only one.
+    fn is_damaged(&self, chunk: &Chunk, cs: CsId) -> bool {
+        !self.damaged.is_empty() && chunk.current() > 1 && self.damaged.contains(&(chunk.id, cs))
     }
 
     fn census(&self, chunk: &Chunk) -> Census {
@@ -68,8 +75,10 @@ impl<K: Kv> Meta<K> {
             }
             census.online += usize::from(matches!(standing, Standing::Good | Standing::Leaving));
             census.silent += usize::from(matches!(standing, Standing::Silent | Standing::SilentLeaving));
+            let damaged = self.is_damaged(chunk, replica.cs);
+            census.damaged += usize::from(damaged && standing != Standing::Gone);
             match standing {
-                Standing::Good | Standing::Silent => census.staying += 1,
+                Standing::Good | Standing::Silent if !damaged => census.staying += 1,
                 _ => census.departing += 1,
             }
         }
@@ -88,7 +97,7 @@ impl<K: Kv> Meta<K> {
             ChunkState::Offline
         } else if census.online < minimum {
             ChunkState::Blocked
-        } else if census.online + census.silent < normal {
+        } else if census.online + census.silent < normal + census.damaged {
             if stale { ChunkState::Urgent } else { ChunkState::Degraded }
         } else if census.online < normal {
             ChunkState::Standby
@@ -172,8 +181,27 @@ impl<K: Kv> Meta<K> {
                 chunk.replicas.push(Replica { cs, role, since: chunk.version });
             }
         }
+        if retry_ns == RETRY_NO_TARGET_NS
+            && let Some(cs) = self.replaceable_in_place(chunk)
+        {
+            chunk.bump();
+            chunk.take_out(cs, true);
+            return RETRY_BUSY_NS;
+        }
         self.drop_surplus(chunk, policy);
         retry_ns
+    }
+
+    /// A damaged copy that makes room for another one on its own server, because no other server can take it; a copy
+    /// without damage has all its blocks.
+    fn replaceable_in_place(&self, chunk: &Chunk) -> Option<CsId> {
+        let current = || chunk.replicas.iter().filter(|r| r.role == ReplicaRole::Current).map(|r| r.cs);
+        let is_source = |cs: &CsId| {
+            let reachable = matches!(self.standing(*cs), Standing::Good | Standing::Leaving);
+            reachable && !self.is_damaged(chunk, *cs)
+        };
+        let damaged = |cs: &CsId| self.standing(*cs) == Standing::Good && self.is_damaged(chunk, *cs);
+        current().any(|cs| is_source(&cs)).then(|| current().find(damaged)).flatten()
     }
 
     /// Where to make `missing` copies.
@@ -182,7 +210,10 @@ impl<K: Kv> Meta<K> {
         let busy_at = self.config("mds.wd.rebuilds_per_cs") as u32;
         let strict = self.config("mds.alloc.strict_failure_domain") != 0;
         let strict_tier = self.config("mds.alloc.strict_tier") != 0;
-        let is_member = |replica: &&Replica| matches!(self.standing(replica.cs), Standing::Good | Standing::Silent);
+        let is_member = |replica: &&Replica| {
+            matches!(self.standing(replica.cs), Standing::Good | Standing::Silent)
+                && !self.is_damaged(chunk, replica.cs)
+        };
         let mut members: Vec<CsId> = chunk.replicas.iter().filter(is_member).map(|replica| replica.cs).collect();
         let mut targets = Vec::new();
         let mut busy = false;
@@ -248,7 +279,7 @@ impl<K: Kv> Meta<K> {
         let mut kept: Vec<CsId> = Vec::new();
         for replica in chunk.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current) {
             match self.standing(replica.cs) {
-                Standing::Good | Standing::Silent => kept.push(replica.cs),
+                Standing::Good | Standing::Silent if !self.is_damaged(chunk, replica.cs) => kept.push(replica.cs),
                 _ => drop.push(replica.cs),
             }
         }
@@ -317,7 +348,7 @@ impl<K: Kv> Meta<K> {
             let place = &server.location;
             let near =
                 [place.host == home.host, place.rack == home.rack, place.room == home.room, place.site == home.site];
-            (near.map(|same| !same), server.stats.queue_depth, *cs)
+            (self.is_damaged(chunk, *cs), near.map(|same| !same), server.stats.queue_depth, *cs)
         });
         if sources.is_empty() {
             return None;

@@ -6,6 +6,7 @@ use crate::kv::Kv;
 use crate::placement::{self, Slot, TIER_MAX};
 use crate::record::{Chunk, OrderKindRecord, Presence, Server, Standing};
 use crate::state::{Meta, short};
+use cairn_stdx::planted;
 use cairn_types::{ChunkId, CsId, format_size};
 use cairn_wire::mds::{
     ChunkReport, CsState, CsStats, Lineage, Location, MdsError, MdsReply, OrderDone, OrderKind, ReplicaRole, Severity,
@@ -198,25 +199,36 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// A scrub found a bad block: the whole copy goes and is made again elsewhere, unless it is the last one, whose
-    /// good blocks are still needed.
+    /// A block of a copy is bad. The copy is replaced, and stays in the set until another one is complete: another copy
+    /// may have other bad blocks, and then each is the source of what the other lacks.
     fn copy_damaged(&mut self, cs: CsId, id: ChunkId, block: u32) {
         let Some((volume, index)) = self.place(cs, id) else { return };
         let old = self.chunk(volume, index).expect("the index by server names chunks that exist");
-        if old.replica(cs).is_none() {
+        let Some(role) = old.replica(cs).map(|replica| replica.role) else { return };
+        let is_current = role == ReplicaRole::Current;
+        if is_current && self.damaged.contains(&(id, cs)) {
             return;
         }
-        // Another copy that cannot be reached is no replacement.
+        // Another copy that cannot be reached is no source.
         let others = old.replicas.iter().filter(|r| r.role == ReplicaRole::Current && r.cs != cs);
         let last = !others.map(|r| self.standing(r.cs)).any(|s| matches!(s, Standing::Good | Standing::Leaving));
         let fate = if last { "it is the only current copy in reach and stays" } else { "the copy is replaced" };
         let text = format!("{cs}: block {block} of {id} ({volume}, index {index}) is damaged; {fate}");
         self.event(if last { Severity::Error } else { Severity::Warning }, "MDS-5001", text);
-        if !last {
-            let mut new = old.clone();
+        let mut new = old.clone();
+        if planted!("damaged_copy_goes_first") && is_current && !last {
             new.bump();
             new.take_out(cs, !self.on_hold());
-            self.set_chunk(volume, index, Some(&old), Some(&mut new), true);
+        } else if is_current {
+            self.damaged.insert((id, cs));
+            self.put_record(&keys::damaged(cs, id), &block);
+        } else {
+            new.bump();
+            new.take_out(cs, !self.on_hold());
+        }
+        let changed = new.version != old.version;
+        self.set_chunk(volume, index, Some(&old), Some(&mut new), changed);
+        if changed {
             self.push_volume_map_changed(volume);
         }
     }

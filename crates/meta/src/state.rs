@@ -7,7 +7,7 @@ use crate::record::{Globals, Inode, STATE_VERSION, Server, Session};
 use crate::servers::Registration;
 use crate::{config, keys};
 use cairn_stdx::checksum::crc64;
-use cairn_types::{ClientId, CsId, InodeId, VolumeId};
+use cairn_types::{ChunkId, ClientId, CsId, InodeId, VolumeId};
 use cairn_wire::mds::{Call, CsState, MdsError, MdsReply, MdsRequest, Push, Severity};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -48,6 +48,8 @@ pub struct Meta<K> {
     pub(crate) globals: Globals,
     pub(crate) sessions: BTreeMap<ClientId, Session>,
     pub(crate) servers: BTreeMap<CsId, Server>,
+    /// Current copies with a damaged block. Each is replaced, and serves its other blocks until then.
+    pub(crate) damaged: BTreeSet<(ChunkId, CsId)>,
     /// What placement sees of the servers; rebuilt from `servers` when one of them changed.
     pub(crate) slots: Option<Vec<Slot>>,
     effects: Vec<MetaEffect>,
@@ -74,6 +76,7 @@ impl<K: Kv> Meta<K> {
             globals: Globals::default(),
             sessions: BTreeMap::new(),
             servers: BTreeMap::new(),
+            damaged: BTreeSet::new(),
             slots: None,
             effects: Vec::new(),
             map_pushes: BTreeSet::new(),
@@ -92,10 +95,15 @@ impl<K: Kv> Meta<K> {
         assert_eq!(self.globals.version, STATE_VERSION, "metadata state of another version");
         self.servers.clear();
         self.sessions.clear();
+        self.damaged.clear();
         self.slots = None;
         for (key, value) in self.kv.scan(&[keys::SERVER], &[keys::SERVER + 1], usize::MAX) {
             let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
             self.servers.insert(cs, decode_record(&value));
+        }
+        for (key, _) in self.kv.scan(&[keys::DAMAGED], &[keys::DAMAGED + 1], usize::MAX) {
+            let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
+            self.damaged.insert((ChunkId(keys::number(&key, 5)), cs));
         }
         for (key, value) in self.kv.scan(&[keys::SESSION], &[keys::SESSION + 1], usize::MAX) {
             self.sessions.insert(ClientId(keys::number(&key, 1)), decode_record(&value));

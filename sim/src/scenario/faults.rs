@@ -46,6 +46,8 @@ pub(super) struct Faults {
     /// The client on an island.
     isolated: Option<usize>,
     old_copy: Option<OldCopy>,
+    /// Volume and block that rotted, and on which server.
+    rotten: BTreeMap<(u64, u64), usize>,
 }
 
 impl Faults {
@@ -57,6 +59,7 @@ impl Faults {
             failing: BTreeMap::new(),
             isolated: None,
             old_copy: None,
+            rotten: BTreeMap::new(),
         }
     }
 }
@@ -256,14 +259,28 @@ impl Scenario {
         self.cluster.cs.iter().any(|cs| self.faults.failing.get(&cs.node).is_some_and(counts))
     }
 
-    /// A bit flips in some block of data of the one chunk server whose disk rots in this run.
+    /// A bit flips in some block of data of the one chunk server whose disk rots in this run. In every other such seed
+    /// with servers to spare it is two, and never the same block of both.
     fn rot(&mut self) {
-        let index = (self.seed % self.cluster.cs.len() as u64) as usize;
+        let servers = self.cluster.cs.len();
+        let spare = self.plan.volumes.iter().all(|volume| usize::from(volume.replicas) < servers);
+        let second = spare && (self.seed / 2).is_multiple_of(2) && self.faults.rng.chance(1, 2);
+        let index = (self.seed as usize + usize::from(second)) % servers;
         let node = self.cluster.cs[index].node;
-        let disk = &mut self.cluster.world.nodes[node.0].disks[0];
+        let disk = &self.cluster.world.nodes[node.0].disks[0];
         let is_data = |page: &u64| Stamp::is_stamped(&disk.peek(page * BLOCK_SIZE_U64, BLOCK_SIZE as u32));
         let pages: Vec<u64> = disk.written_pages().into_iter().filter(is_data).collect();
         let Some(page) = self.faults.rng.choose(&pages).copied() else { return };
+        let content = disk.peek(page * BLOCK_SIZE_U64, BLOCK_SIZE as u32);
+        let Some((volume, unit, at)) = Stamp::place(&content) else { return };
+        // Pages of the volume, whatever its unit is.
+        let size = self.plan.volumes.iter().zip(&self.volumes).find(|(_, v)| v.info.volume.0 == volume);
+        let size = size.map_or(BLOCK_SIZE_U64, |(plan, _)| plan.unit);
+        let block = (unit * size).saturating_sub(at as u64 / size * size) / BLOCK_SIZE_U64;
+        if *self.faults.rotten.entry((volume, block)).or_insert(index) != index {
+            return;
+        }
+        let disk = &mut self.cluster.world.nodes[node.0].disks[0];
         let (byte, bit) = (self.faults.rng.below(BLOCK_SIZE_U64), self.faults.rng.below(8) as u8);
         disk.rot(page * BLOCK_SIZE_U64 + byte, bit);
         self.cluster.world.note(format_args!("bit rot at {node:?}, page {page}"));

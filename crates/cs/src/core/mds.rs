@@ -234,7 +234,7 @@ impl CsCore {
                 self.mds.heartbeat_at = now.mono + HEARTBEAT_EVERY;
                 self.heartbeat(cs)
             }
-            Some(cs) if self.durable_lsn > self.mds.marked && now.mono >= self.mds.mark_at => {
+            Some(cs) if self.store.durable_lsn() > self.mds.marked && now.mono >= self.mds.mark_at => {
                 self.mds.mark_at = now.mono + MARK_EVERY;
                 self.mark(cs)
             }
@@ -256,7 +256,7 @@ impl CsCore {
     }
 
     fn mark(&self, cs: CsId) -> (Asked, MdsRequest) {
-        let durable = self.durable_lsn;
+        let durable = self.store.durable_lsn();
         (Asked::Mark { durable }, MdsRequest::CsMark { cs, boot: self.boot, durable })
     }
 

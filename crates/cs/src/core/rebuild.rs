@@ -33,6 +33,8 @@ pub const REBUILDS_MAX: usize = 8;
 pub const REBUILDS_WAITING_MAX: usize = 1024;
 /// Reads under way for one rebuild.
 const READS_MAX: u32 = 4;
+/// Damaged blocks of one source that are left for the next; beyond it the source is left as a whole.
+const LEFT_MAX: u32 = 256;
 /// Blocks of one read: 512 KiB. With the two maxima above at most 16 MiB are on their way.
 const READ_BLOCKS: u32 = 128;
 /// While clients keep this server busy, all rebuilds together begin one read in this time: slow, never stopped.
@@ -83,6 +85,8 @@ struct Job {
     source: usize,
     /// Sources of this round that have no such chunk.
     absent: usize,
+    /// Blocks the present source has damaged: the next one is asked for them when all others are here.
+    left: u32,
     /// Rises with every change of source, so that late answers of the old one are known.
     attempt: u64,
     /// Where to ask on for changed blocks; none when all are known.
@@ -149,6 +153,11 @@ fn has_block(set: &[u64], block: u32) -> bool {
     set[block as usize / 64] & (1 << (block % 64)) != 0
 }
 
+/// True when a block is one of these.
+fn has_block_in(block: u64, first: u32, count: u32) -> bool {
+    (u64::from(first)..u64::from(first) + u64::from(count)).contains(&block)
+}
+
 /// The first run of at most `count_max` blocks of `first..end` outside the set.
 fn run_outside(set: &[u64], first: u32, end: u32, count_max: u32) -> Option<(u32, u32)> {
     let start = (first..end).find(|block| !has_block(set, *block))?;
@@ -204,6 +213,7 @@ impl CsCore {
                 phase: Phase::Beginning,
                 source: 0,
                 absent: 0,
+                left: 0,
                 attempt: self.rebuilds.attempts,
                 list_from: Some(0),
                 listing: false,
@@ -310,7 +320,7 @@ impl CsCore {
         };
         let Some(base) = self.copies.get(&chunk).map(|copy| copy.base) else { return self.drop_rebuild(chunk) };
         if self.is_copied(chunk) {
-            return self.end_rebuild(now, chunk, out);
+            return self.source_done(now, chunk, out);
         }
         let Some(link) = self.peer_link(now, addr, out) else { return };
         let job = self.rebuilds.jobs.get_mut(&chunk).expect("found above");
@@ -338,8 +348,31 @@ impl CsCore {
         }
         // Holes cost no read; they may have been the last of the work.
         if self.is_copied(chunk) {
-            self.end_rebuild(now, chunk, out);
+            self.source_done(now, chunk, out);
         }
+    }
+
+    /// Everything the source has was copied: that is all, or the next source is asked for what is damaged there.
+    fn source_done(&mut self, now: Now, chunk: ChunkId, out: &mut Effects) {
+        match self.rebuilds.jobs.get(&chunk).is_some_and(|job| job.left > 0) {
+            true => self.next_source(now, chunk, None, out),
+            false => self.end_rebuild(now, chunk, out),
+        }
+    }
+
+    /// A block of the source is damaged: all around it is still asked for there.
+    fn leave_block(&mut self, now: Now, chunk: ChunkId, bad: u32, blocks: (u32, u32, Tail)) {
+        let (first, count, tail) = blocks;
+        let Some(job) = self.rebuilds.jobs.get_mut(&chunk) else { return };
+        for (first_block, block_count) in [(bad + 1, first + count - bad - 1), (first, bad - first)] {
+            if block_count > 0 {
+                job.work.push_front(BlockRange { first_block, block_count, mapped: true, tail });
+            }
+        }
+        job.left += 1;
+        job.progress = now.mono;
+        let name = job.order.sources.get(job.source).map(|source| source.0);
+        job.reason = format!("{}: block {bad} is damaged there", name.unwrap_or_default());
     }
 
     /// No source could give what was asked. If that is because none of them has the chunk, and neither had this server,
@@ -508,6 +541,10 @@ impl CsCore {
             DataStatus::VersionMismatch => {
                 job.work.push_front(again);
                 return self.retry_source(now, chunk, "it is at another version");
+            }
+            DataStatus::Corrupt if has_block_in(reply.detail, first_block, block_count) && job.left < LEFT_MAX => {
+                self.leave_block(now, chunk, reply.detail as u32, blocks);
+                return self.advance(now, chunk, out);
             }
             status => Some(format!("it answered {status:?} for blocks {first_block}+{block_count}")),
         };
@@ -748,6 +785,7 @@ impl CsCore {
         // Writes of the old attempt still come back; a new attempt must not count them.
         job.attempt = attempt;
         job.source += 1;
+        job.left = 0;
         job.reads = 0;
         job.writes = 0;
         job.retry_at = None;

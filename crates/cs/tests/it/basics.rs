@@ -388,3 +388,42 @@ fn a_planned_stop_leaves_nothing_to_replay() {
     world.settle();
     assert!(world.core(0).start_report().unwrap().groups_replayed == 0);
 }
+
+#[test]
+fn a_start_is_let_in_before_anything_is_served_and_follows_the_one_before() {
+    let (mut world, client) = ready(17);
+    let (request, data) = write(1, 5, 1, 0, 1, 7);
+    assert_eq!(world.status(client, &request, data), DataStatus::Ok);
+    world.pass(Duration::from_secs(12));
+    let told = world.nodes[0].marked;
+    assert!(told > 0, "what is durable is told");
+    let first = world.nodes[0].lineage;
+    assert_eq!((first.generation, first.previous), (1, first.nonce), "the start was confirmed");
+    world.kill(0);
+    // No metadata server leads: requests wait, and crashes meanwhile change nothing.
+    let nobody = || std::iter::repeat_n(MdsError::Unavailable("no majority".into()), 1000);
+    world.nodes[0].mds_errors.extend(nobody());
+    for _ in 0..3 {
+        world.start(0);
+        world.pass(Duration::from_secs(2));
+        assert!(!world.core(0).is_admitted());
+        world.kill(0);
+    }
+    world.start(0);
+    let client = world.dial(0);
+    let id = world.post_call(client, &CsRequest::Hello { session: 9, generation: 9 });
+    world.pass(Duration::from_secs(2));
+    assert!(!world.clients[client].calls.contains_key(&id), "nothing is served before");
+    world.nodes[0].mds_errors.clear();
+    world.pass(Duration::from_secs(5));
+    assert!(world.clients[client].calls.contains_key(&id), "what waited is answered");
+    let second = world.nodes[0].lineage;
+    assert_eq!((second.generation, second.previous), (2, second.nonce));
+    assert!(second.nonce != first.nonce && second.recovered >= told);
+    // Turned away: it ends, and says why.
+    world.kill(0);
+    world.nodes[0].turn_away = true;
+    world.start(0);
+    world.pass(Duration::from_secs(2));
+    assert!(world.nodes[0].fatal.as_ref().is_some_and(|why| why.contains("older copy")), "{:?}", world.nodes[0].fatal);
+}

@@ -5,6 +5,7 @@ use cairn_env::Buf;
 use cairn_types::*;
 use cairn_wire::cs::{CsError, CsReply, CsRequest};
 use cairn_wire::data::{DataOp, DataStatus, FLAG_REPAIR};
+use cairn_wire::mds::CsOrder;
 
 /// Source on node 0 with some blocks, raised to `version`.
 fn source(world: &mut World, version: u64) -> usize {
@@ -208,4 +209,47 @@ fn a_rebuild_goes_on_under_load_and_follows_raises() {
     let done: Vec<_> = world.nodes[1].done.iter().filter(|done| done.error.is_none()).collect();
     assert!(!done.is_empty(), "{:?}", world.nodes[1].log);
     same(&mut world, 3);
+}
+
+/// Rots the `nth` of the blocks with this value.
+fn rot_block(world: &mut World, node: usize, value: u64, nth: usize) {
+    let disk = &mut world.nodes[node].disk;
+    let holds = |page: &u64| disk.peek(*page * 4096, 4096)[..8] == value.to_le_bytes();
+    let pages: Vec<u64> = disk.written_pages().into_iter().filter(holds).collect();
+    disk.rot(pages[nth] * 4096 + 100, 3);
+}
+
+#[test]
+fn sources_with_damage_in_different_blocks_make_one_whole_copy() {
+    let mut world = World::new(9, 3);
+    source(&mut world, 2);
+    world.order(2, rebuild(2, 2, 2, &[0]));
+    world.pass(Duration::from_secs(2));
+    // In one run of blocks that is read at once, and in another.
+    for (node, value, nth) in [(0, 5, 0), (2, 5, 2), (0, 9, 1), (2, 12, 1), (2, 20, 0)] {
+        rot_block(&mut world, node, value, nth);
+    }
+    world.order(1, rebuild(1, 2, 2, &[0, 2]));
+    world.pass(Duration::from_secs(5));
+    assert!(world.nodes[1].orders.is_empty(), "{:?} {:?}", world.nodes[1].done, world.nodes[1].log);
+    assert!(world.nodes[1].done.iter().all(|done| done.error.is_none()), "{:?}", world.nodes[1].done);
+    let client = world.client(1, 50, world.now);
+    world.fence(client, 5).unwrap();
+    let read = world.read_all(client, 2, 5).unwrap();
+    for sequence in 1..=20u64 {
+        assert_eq!(read[sequence as usize * 13..][..3], [sequence; 3], "write {sequence}");
+    }
+    // The same block damaged in all of them has no source.
+    world.order(1, CsOrder::Delete { chunk: CHUNK, version: ChunkVersion(2) });
+    world.pass(Duration::from_secs(2));
+    rot_block(&mut world, 2, 9, 1);
+    world.order(1, rebuild(1, 3, 3, &[0, 2]));
+    let client = world.client(0, 51, world.now);
+    raise(&mut world, client, 1, 3);
+    let client = world.client(2, 52, world.now);
+    world.fence(client, 5).unwrap();
+    raise(&mut world, client, 1, 3);
+    world.pass(Duration::from_secs(5));
+    let error = world.nodes[1].done.iter().find_map(|done| done.error.clone()).expect("it is told");
+    assert!(error.contains("block 118 is damaged"), "{error}");
 }

@@ -62,6 +62,9 @@ pub struct Node {
     pub unconfirmed: Option<u64>,
     /// What was told to be durable.
     pub marked: u64,
+    /// How this server stood in its last registration, and whether the next is turned away.
+    pub lineage: Lineage,
+    pub turn_away: bool,
     /// Errors to answer the next calls with.
     pub mds_errors: VecDeque<MdsError>,
     mds_link: Option<LinkId>,
@@ -155,6 +158,8 @@ impl World {
                 registrations: 0,
                 unconfirmed: None,
                 marked: 0,
+                lineage: Lineage::default(),
+                turn_away: false,
                 mds_errors: VecDeque::new(),
                 mds_link: None,
             });
@@ -360,6 +365,11 @@ impl World {
             (None, MdsRequest::CsJoin { cs, store, lineage, .. }) => {
                 assert_eq!(store, n.config.store);
                 assert!(cs.is_none_or(|cs| cs == cs_of(node)));
+                if n.turn_away {
+                    let reply = Ok(MdsReply::CsTurnedAway { reason: "it is an older copy".into() });
+                    return self.reply_as_mds(node, call.id, &reply);
+                }
+                n.lineage = lineage;
                 // Told again when the label is durable: the same registration.
                 let confirms = lineage.previous == lineage.nonce && n.unconfirmed.take() == Some(lineage.nonce);
                 n.unconfirmed = (lineage.previous != lineage.nonce).then_some(lineage.nonce);
@@ -386,7 +396,11 @@ impl World {
             }
             (None, other) => panic!("a chunk server asks {other:?}"),
         };
-        let reply = frame(FrameKind::MdsReply, call.id, cairn_wire::encode(&reply), Buf::default());
+        self.reply_as_mds(node, call.id, &reply);
+    }
+
+    fn reply_as_mds(&mut self, node: usize, id: u64, reply: &Result<MdsReply, MdsError>) {
+        let reply = frame(FrameKind::MdsReply, id, cairn_wire::encode(reply), Buf::default());
         self.post(End::Mds(node), reply);
     }
 

@@ -19,5 +19,6 @@ fn every_planted_bug_is_seen() {
     caught("recover_takes_old_copies", found);
     caught("recover_trusts_incomplete_copies", found);
     caught("recover_hold_ignored", found);
+    caught("damaged_copy_goes_first", crate::repair::damaged_copies_stay_until_others_are_complete);
     caught("chunk_counts_drift", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
 }

@@ -549,3 +549,67 @@ fn a_lost_copy_shows_in_the_report_and_an_orphan_is_deleted() {
     cluster.check_truth("after the report");
     cluster.world.meta.check();
 }
+
+impl Cluster {
+    fn damage(&mut self, cs: CsId, chunk: ChunkId) {
+        let stats = CsStats { capacity: 1 << 40, used: 1 << 30, ..CsStats::default() };
+        let damaged = vec![(chunk, 3)];
+        let request = MdsRequest::CsHeartbeat { cs, boot: 1, stats, done: Vec::new(), damaged, failed: None };
+        self.world.call(ClientId(0), request).unwrap();
+    }
+
+    fn current(&self, index: u64) -> Vec<CsId> {
+        let replicas = self.entry(index).unwrap().replicas;
+        replicas.iter().filter(|replica| replica.role == ReplicaRole::Current).map(|replica| replica.cs).collect()
+    }
+}
+
+#[test]
+pub fn damaged_copies_stay_until_others_are_complete() {
+    let mut cluster = filled(5, 4);
+    let chunk = cluster.entry(0).unwrap().chunk;
+    let before = cluster.current(0);
+    cluster.damage(before[0], chunk);
+    cluster.damage(before[1], chunk);
+    cluster.damage(before[1], chunk);
+    assert_eq!(cluster.current(0), before, "each may be the source of what the other lacks");
+    assert_eq!(cluster.world.meta.chunk_counts().degraded, 1);
+    cluster.world.meta.check();
+    let all: Vec<CsId> = cluster.servers.keys().copied().collect();
+    for _ in 0..10 {
+        for cs in &all {
+            cluster.heartbeat(*cs);
+            let current = cluster.current(0);
+            let whole = current.iter().filter(|cs| !before[..2].contains(cs)).count();
+            assert!(current.contains(&before[0]) && current.contains(&before[1]) || whole >= 3, "{current:?}");
+        }
+        cluster.world.tick(SECOND);
+        cluster.world.meta.check();
+    }
+    cluster.heal();
+    let after = cluster.current(0);
+    assert!(after.len() == 3 && !after.contains(&before[0]) && !after.contains(&before[1]), "{after:?}");
+    cluster.check_truth("after the damage");
+    cluster.world.meta.check();
+}
+
+#[test]
+fn a_damaged_copy_without_another_server_is_made_anew_in_its_place() {
+    let mut cluster = filled(3, 4);
+    let chunk = cluster.entry(0).unwrap().chunk;
+    let before = cluster.current(0);
+    cluster.damage(before[0], chunk);
+    cluster.servers.get_mut(&before[0]).unwrap().copies.get_mut(&chunk).unwrap().value = 0;
+    cluster.heal();
+    assert_eq!(cluster.current(0).len(), 3);
+    assert!(cluster.servers[&before[0]].copies[&chunk].value > 0, "the copy was made anew");
+    // All damaged, nowhere else to go: none of them goes.
+    before.iter().for_each(|cs| cluster.damage(*cs, chunk));
+    let all: Vec<CsId> = cluster.servers.keys().copied().collect();
+    for _ in 0..80 {
+        all.iter().for_each(|cs| cluster.heartbeat(*cs));
+        cluster.world.tick(SECOND);
+    }
+    assert_eq!(cluster.current(0).len(), 3);
+    cluster.world.meta.check();
+}
