@@ -165,6 +165,7 @@ impl<K: Kv> Meta<K> {
         let missing = usize::from(chunk.replicas_normal).saturating_sub(census.staying + census.rebuilding);
         let (targets, retry_ns) =
             if missing > 0 { self.targets(chunk, policy, missing) } else { (Vec::new(), RETRY_BUSY_NS) };
+        let stuck = missing > 0 && targets.is_empty() && census.rebuilding == 0 && retry_ns == RETRY_NO_TARGET_NS;
         if !lost.is_empty() || !targets.is_empty() {
             chunk.bump();
             for cs in lost {
@@ -181,9 +182,7 @@ impl<K: Kv> Meta<K> {
                 chunk.replicas.push(Replica { cs, role, since: chunk.version });
             }
         }
-        if retry_ns == RETRY_NO_TARGET_NS
-            && let Some(cs) = self.replaceable_in_place(chunk)
-        {
+        if stuck && let Some(cs) = self.replaceable_in_place(chunk) {
             chunk.bump();
             chunk.take_out(cs, true);
             return RETRY_BUSY_NS;

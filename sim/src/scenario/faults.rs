@@ -276,7 +276,8 @@ impl Scenario {
         // Pages of the volume, whatever its unit is.
         let size = self.plan.volumes.iter().zip(&self.volumes).find(|(_, v)| v.info.volume.0 == volume);
         let size = size.map_or(BLOCK_SIZE_U64, |(plan, _)| plan.unit);
-        let block = (unit * size).saturating_sub(at as u64 / size * size) / BLOCK_SIZE_U64;
+        // A stamp that rotted itself says anything.
+        let block = unit.wrapping_mul(size).saturating_sub(at as u64 / size * size) / BLOCK_SIZE_U64;
         if *self.faults.rotten.entry((volume, block)).or_insert(index) != index {
             return;
         }

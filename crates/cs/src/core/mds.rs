@@ -492,7 +492,10 @@ impl CsCore {
                 self.take_orders(now, orders, out);
             }
             (Asked::Mark { durable }, Ok(MdsReply::Done)) => self.mds.marked = durable,
-            (_, Ok(MdsReply::CsTurnedAway { reason })) => self.stop(reason, out),
+            (_, Ok(MdsReply::CsTurnedAway { reason })) => {
+                self.mds_give_up(now, "turned away", out);
+                self.stop(reason, out);
+            }
             (_, Err(MdsError::NotLeader { leader })) => self.mds_follow(now, leader, out),
             (Asked::Register, Err(MdsError::Refused(reason))) if !self.mds.ever_registered => {
                 let reason = format!("the metadata servers refuse this chunk server: {reason}");
