@@ -105,7 +105,7 @@ pub(super) struct Op {
     /// Parts and calls unanswered.
     pub left: u32,
     pub error: Option<BlockError>,
-    pieces: Vec<Option<Buf>>,
+    pub(super) pieces: Vec<Option<Buf>>,
     pub extents: Vec<Extent>,
     pub done: Done,
 }
@@ -315,7 +315,7 @@ impl Volume {
         cuts
     }
 
-    fn add_part(&mut self, ctx: &mut Ctx<'_>, id: u64, cut: (u64, u32, u32), body: Body) {
+    pub(super) fn add_part(&mut self, ctx: &mut Ctx<'_>, id: u64, cut: (u64, u32, u32), body: Body) {
         let op = self.ops.get_mut(&id).expect("parts are added to a living operation");
         op.left += 1;
         let internal = op.internal;

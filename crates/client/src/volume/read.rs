@@ -5,7 +5,7 @@
 //! epoch is still the highest; a hole, which no replica holds, is confirmed by every server of the volume.
 
 use super::map::Entry;
-use super::write::{Body, Part};
+use super::write::{Body, Part, ReadPart};
 use super::{Fence, Volume};
 use crate::io::Ctx;
 use crate::servers::{CallFor, Owner, Packet};
@@ -216,6 +216,8 @@ impl Volume {
             // epoch.
             let zeros = ctx.zeros.slice(0, count as usize * BLOCK_SIZE);
             self.finish_part(ctx, id, Ok(Some(zeros)));
+        } else if count > 1 && said(DataStatus::Corrupt) > 0 {
+            self.split_read(ctx, id);
         } else {
             let block = index * self.chunk_blocks + u64::from(first);
             let detail: Vec<String> =
@@ -224,6 +226,26 @@ impl Volume {
             ctx.log(format!("{}: {error}", self.id));
             self.finish_part(ctx, id, Err(error));
         }
+    }
+
+    /// Every replica has a damaged block, but perhaps not the same: each half is asked for by itself.
+    fn split_read(&mut self, ctx: &mut Ctx<'_>, id: u64) {
+        let part = self.parts.get_mut(id).expect("the caller read it");
+        let (op, index, first, count) = (part.op, part.index, part.first, part.count);
+        let half = count / 2;
+        part.count = half;
+        let Body::Read(read) = &mut part.body else { unreachable!("only reads are split") };
+        let (piece, sources) = (read.piece, read.sources.clone());
+        *read = ReadPart { attempt: read.attempt, ..ReadPart::new(piece, sources.clone()) };
+        let others: Vec<u64> = self.parts.iter().filter(|(_, part)| part.op == op).map(|(id, _)| id).collect();
+        for other in others {
+            if let Some((read, ..)) = self.read_part(other).filter(|(read, ..)| read.piece > piece) {
+                read.piece += 1;
+            }
+        }
+        self.ops.get_mut(&op).expect("a part has an operation").pieces.insert(piece + 1, None);
+        self.add_part(ctx, op, (index, first + half, count - half), Body::Read(ReadPart::new(piece + 1, sources)));
+        self.start_part(ctx, id);
     }
 
     /// A server answered a read.

@@ -298,6 +298,28 @@ fn an_unreachable_server_is_taken_out_when_a_volume_is_opened() {
 }
 
 #[test]
+fn copies_with_damage_in_different_blocks_are_read_together() {
+    let (mut world, client, _, handle) = ready(23, 3);
+    let data: Vec<u8> = (0..16u8).flat_map(|block| [block + 1; 4096]).collect();
+    world.write(client, handle, 0, &data);
+    world.flush(client, handle);
+    for (node, block) in [(1, 3), (2, 4), (3, 11), (1, 12)] {
+        let holds = |page: &Vec<u8>| page.iter().all(|byte| *byte == block + 1);
+        let at = (0..(64 << 20) / 4096).find(|page| holds(&world.disk(node).peek(page * 4096, 4096).to_vec()));
+        world.disk(node).rot(at.expect("the block is on the disk") * 4096 + 100, 3);
+    }
+    assert_eq!(world.read(client, handle, 0, 4096 * 16).unwrap(), data);
+    assert!(world.log.iter().any(|line| line.contains("damaged")), "every copy has a bad block");
+    // All three in the same block: the error names it.
+    for node in 1..=3 {
+        let at = (0..(64 << 20) / 4096).find(|page| world.disk(node).peek(page * 4096, 4096).iter().all(|b| *b == 8));
+        world.disk(node).rot(at.expect("the block is on the disk") * 4096 + 100, 3);
+    }
+    let error = world.read(client, handle, 0, 4096 * 16).unwrap_err().to_string();
+    assert!(error.contains("no good copy of the data at 28672"), "{error}");
+}
+
+#[test]
 fn a_damaged_copy_is_read_elsewhere_and_rewritten() {
     let (mut world, client, _, handle) = ready(19, 3);
     world.write(client, handle, 0, &[42; 4096 * 16]);
