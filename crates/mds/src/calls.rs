@@ -160,8 +160,33 @@ impl<B: Base> MdsCore<B> {
                     self.calls.drop_read(token, &MdsError::Unavailable(error.to_string()), effects);
                 }
             }
+            MdsRequest::MdsRemove { mds } if self.leading && self.would_lose_majority(*mds).is_some() => {
+                let refused = self.would_lose_majority(*mds).unwrap_or_default();
+                send_answer(asked, &Err(MdsError::Refused(refused)), effects);
+            }
             _ => self.propose_call(now, asked, call, effects),
         }
+    }
+
+    /// Why the metadata servers that would remain without one of them could not go on, if so: too few of them answer.
+    fn would_lose_majority(&self, leaves: cairn_types::MdsId) -> Option<String> {
+        let leaving: Vec<cairn_types::MdsId> = self.meta.members_leaving().collect();
+        let status = self.consensus.status();
+        let stay = |id: &cairn_types::MdsId| *id != leaves && !leaving.contains(id);
+        let rest: Vec<cairn_types::MdsId> = status.members.voters.keys().copied().filter(stay).collect();
+        let silent: Vec<cairn_types::MdsId> = self.silent_peers().into_iter().filter(|id| rest.contains(id)).collect();
+        let (answer, majority) = (rest.len() - silent.len(), rest.len() / 2 + 1);
+        // The last one that votes is refused by the state itself.
+        if rest.is_empty() || answer >= majority {
+            return None;
+        }
+        let silent: Vec<String> = silent.iter().map(ToString::to_string).collect();
+        Some(format!(
+            "without {leaves} {} metadata servers would vote and only {answer} of them answer, a majority is {majority}: \
+             first bring {silent} back, or remove {silent} instead and add a new one",
+            rest.len(),
+            silent = silent.join(" and ")
+        ))
     }
 
     fn propose_call(&mut self, now: Now, asked: Asked, call: Call, effects: &mut Effects) {

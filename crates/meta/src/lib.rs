@@ -34,6 +34,7 @@ mod namespace;
 pub mod placement;
 pub mod record;
 pub mod recover;
+mod removal;
 mod rename;
 mod repair;
 mod servers;

@@ -191,7 +191,7 @@ impl<K: Kv> Meta<K> {
         Ok(MdsReply::Orders(self.orders_for(cs, ORDERS_MAX)))
     }
 
-    fn known_server(&mut self, cs: CsId) -> Result<&mut Server, MdsError> {
+    pub(crate) fn known_server(&mut self, cs: CsId) -> Result<&mut Server, MdsError> {
         match self.servers.get_mut(&cs) {
             None => Err(MdsError::NotFound(cs.to_string())),
             Some(server) if server.dropped => Err(MdsError::Refused(format!("{cs} was removed from the cluster"))),
@@ -358,7 +358,7 @@ impl<K: Kv> Meta<K> {
     }
 
     /// Reports a change of state and looks at the chunks of the server again.
-    fn server_state_changed(&mut self, cs: CsId, was: CsState) {
+    pub(crate) fn server_state_changed(&mut self, cs: CsId, was: CsState) {
         let server = &self.servers[&cs];
         let (is, host) = (server.state(), server.location.host_name.clone());
         if is == was {
@@ -379,74 +379,6 @@ impl<K: Kv> Meta<K> {
         };
         self.event(severity, "MDS-4010", text);
         self.sweep_start(cs);
-    }
-
-    pub(crate) fn cs_remove(&mut self, cs: CsId, force: bool, cancel: bool) -> Answer {
-        let server = self.known_server(cs)?;
-        let was = server.state();
-        if cancel {
-            if !server.draining {
-                return Err(MdsError::Refused(format!("{cs} is not being removed")));
-            }
-            server.draining = false;
-        } else if force {
-            if matches!(was, CsState::Active | CsState::Draining) {
-                return Err(MdsError::Refused(format!(
-                    "{cs} answers; remove it without force, which moves its data first"
-                )));
-            }
-            let lost = self.only_copies(cs);
-            if lost > 0 {
-                return Err(MdsError::Refused(format!(
-                    "{lost} chunks have their only current copy on {cs}; bring it back, or delete the volumes that need them"
-                )));
-            }
-            self.known_server(cs)?.dropped = true;
-        } else {
-            self.check_drain(cs)?;
-            self.known_server(cs)?.draining = true;
-        }
-        self.changed();
-        self.digest(&cairn_wire::encode(&(cs, force, cancel)));
-        self.topology_changed();
-        self.server_state_changed(cs, was);
-        // A silent server that is drained stays inactive in name, yet its chunks count differently.
-        self.sweep_start(cs);
-        Ok(MdsReply::Done)
-    }
-
-    /// Chunks whose only current copy is on `cs`.
-    fn only_copies(&self, cs: CsId) -> usize {
-        let prefix = keys::server(keys::REPLICA, cs);
-        let replicas = self.kv.scan(&prefix, &keys::after(&prefix), usize::MAX);
-        let chunks = replicas
-            .iter()
-            .filter_map(|(key, _)| self.chunk(cairn_types::VolumeId(keys::number(key, 5)), keys::number(key, 13)));
-        chunks.filter(|chunk| chunk.is_last_current(cs)).count()
-    }
-
-    /// Refuses a drain that cannot end.
-    fn check_drain(&self, cs: CsId) -> Result<(), MdsError> {
-        let leaving = &self.servers[&cs];
-        let others = self.servers.iter().filter(|(other, server)| **other != cs && server.state() == CsState::Active);
-        let (count, free) = others.fold((0u64, 0u64), |(count, free), (_, server)| {
-            (count + 1, free.saturating_add(server.stats.capacity.saturating_sub(server.stats.used)))
-        });
-        let root = self.inode(cairn_types::InodeId::ROOT)?.policy;
-        if leaving.stats.used > 0 && count < u64::from(root.replicas) {
-            return Err(MdsError::Refused(format!(
-                "{count} active chunk servers would remain and {} replicas are wanted; add servers first, or lower replicas",
-                root.replicas
-            )));
-        }
-        if leaving.stats.used > free {
-            return Err(MdsError::Refused(format!(
-                "{cs} holds {} and the others have {} free; add space first",
-                format_size(leaving.stats.used),
-                format_size(free)
-            )));
-        }
-        Ok(())
     }
 
     pub(crate) fn order_done(&mut self, cs: CsId, done: &OrderDone) {

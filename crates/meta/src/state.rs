@@ -241,6 +241,7 @@ impl<K: Kv> Meta<K> {
                 let new = Registration { store, addr, location, tier, capacity, repository, lineage };
                 self.cs_register(cs, new)
             }
+            CsAbandon { cs } => self.cs_abandon(cs),
             CsMark { cs, boot, durable } => self.cs_mark(cs, boot, durable),
             CsHeartbeat { cs, boot, stats, done, damaged, failed } => {
                 let beat = crate::servers::Heartbeat { boot, stats, done, damaged, failed };
@@ -270,6 +271,7 @@ impl<K: Kv> Meta<K> {
         match request {
             Resolve { path } => self.resolve(path),
             Lookup { parent, name } => self.lookup(*parent, name),
+            CsExamine { cs, volume, index } => self.cs_examine(*cs, *volume, *index),
             GetAttr { inode } => Ok(MdsReply::Attr(self.inode(*inode)?.attr(*inode))),
             Readlink { inode } => self.readlink(*inode),
             ReadDir { inode, cookie, limit, attributes } => self.read_dir(*inode, *cookie, *limit, *attributes),

@@ -517,6 +517,21 @@ pub enum MdsRequest {
         /// The highest durable log sequence number.
         durable: u64,
     },
+    /// What removing a server would mean, a piece of its copies at a time; answered by [`MdsReply::CsExamined`].
+    CsExamine {
+        /// The server.
+        cs: CsId,
+        /// Copies of this volume and later ones.
+        volume: VolumeId,
+        /// Copies of this index in it and later ones.
+        index: u64,
+    },
+    /// Drops a server at once, with the only current copies of chunks on it: what needs them is lost. All else is refused
+    /// as in [`MdsRequest::CsRemove`] with `force`.
+    CsAbandon {
+        /// The server.
+        cs: CsId,
+    },
 }
 
 /// Answers.
@@ -660,6 +675,19 @@ pub enum MdsReply {
         /// What was found, and what to do.
         reason: String,
     },
+    /// What removing a server would mean.
+    CsExamined {
+        /// Current copies on it in this piece.
+        chunks: u64,
+        /// Volumes and files with chunks that have no other current copy in reach, ascending by volume.
+        lost: Vec<LostChunks>,
+        /// Where to ask on; none at the end.
+        next: Option<(VolumeId, u64)>,
+        /// Why it cannot be drained, if it cannot.
+        drain: Option<String>,
+        /// Why it cannot be dropped by force, whatever is on it, if it cannot.
+        force: Option<String>,
+    },
 }
 
 /// Why a call was refused.
@@ -786,6 +814,7 @@ impl MdsRequest {
                 | VolumeGet { .. }
                 | VolumeList { .. }
                 | ChunkMap { .. }
+                | CsExamine { .. }
                 | Topology
                 | Stat
                 | Events { .. }

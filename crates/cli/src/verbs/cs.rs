@@ -2,6 +2,7 @@
 
 use crate::context::{Context, address};
 use crate::exit::usage;
+use crate::verbs::removal;
 use anyhow::{Context as _, Result, bail};
 use cairn_cs::{CsRunConfig, MakeCs};
 use cairn_types::{CsId, HostId};
@@ -105,6 +106,12 @@ pub struct RmCsArgs {
     /// Drops an irrecoverably lost server at once.
     #[arg(short = 'f')]
     force: bool,
+    /// With -f: even if chunks have no other current copy in reach; what needs them is lost.
+    #[arg(long, requires = "force")]
+    lose_data: bool,
+    /// Changes nothing; shows what would be moved or lost, and what speaks against it.
+    #[arg(long, conflicts_with_all = ["wait", "cancel"])]
+    dry_run: bool,
 }
 
 /// Verbs of the daemon.
@@ -238,7 +245,16 @@ fn route_to(to: std::net::SocketAddr) -> Result<std::net::IpAddr> {
 /// Runs `rm-cs`.
 pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
     let cs = CsId(args.id);
-    context.call(MdsRequest::CsRemove { cs, force: args.force, cancel: args.cancel })?;
+    if args.dry_run {
+        return removal::show(context, cs, args.force, args.lose_data);
+    }
+    if args.force && !args.lose_data {
+        removal::check(context, cs)?;
+    }
+    context.call(match args.lose_data {
+        true => MdsRequest::CsAbandon { cs },
+        false => MdsRequest::CsRemove { cs, force: args.force, cancel: args.cancel },
+    })?;
     if !args.wait {
         return Ok(());
     }

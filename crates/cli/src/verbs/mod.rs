@@ -10,5 +10,6 @@ pub mod mds;
 pub mod mount;
 pub mod nbd;
 pub mod recover;
+pub mod removal;
 pub mod sim;
 pub mod volume;

@@ -613,3 +613,45 @@ fn a_damaged_copy_without_another_server_is_made_anew_in_its_place() {
     assert_eq!(cluster.current(0).len(), 3);
     cluster.world.meta.check();
 }
+
+impl Cluster {
+    fn examine(&self, cs: CsId) -> MdsReply {
+        let request = MdsRequest::CsExamine { cs, volume: VolumeId(0), index: 0 };
+        self.world.meta.query(&request).unwrap()
+    }
+}
+
+#[test]
+fn what_removing_a_server_would_lose_is_listed_and_refused() {
+    let mut cluster = filled(3, 6);
+    let all: Vec<CsId> = cluster.servers.keys().copied().collect();
+    let MdsReply::CsExamined { chunks, lost, next, drain, force } = cluster.examine(all[0]) else { panic!() };
+    assert_eq!((chunks, lost.len(), next), (6, 0, None));
+    assert!(drain.is_some_and(|why| why.contains("2 active chunk servers would remain")));
+    assert!(force.is_some_and(|why| why.contains("answers")));
+    // Two of three lie still: nothing is lost with the third as long as they may come back, and nothing is in reach.
+    for cs in &all {
+        cluster.silence(*cs, CsState::Offline);
+    }
+    let MdsReply::CsExamined { lost, force, .. } = cluster.examine(all[0]) else { panic!() };
+    assert!(force.is_none());
+    assert_eq!((lost.len(), lost[0].name.as_str(), lost[0].only, lost[0].unreachable), (1, "v", 0, 6));
+    let remove = |cs| MdsRequest::CsRemove { cs, force: true, cancel: false };
+    let refused = cluster.world.call(cluster.session, remove(all[0])).unwrap_err().to_string();
+    assert!(refused.contains("6 of volume v") && refused.contains("--lose-data"), "{refused}");
+    // Given up, one after the other: the last one holds the only copies, and they stay unreadable until deleted.
+    cluster.world.call(cluster.session, MdsRequest::CsAbandon { cs: all[0] }).unwrap();
+    cluster.world.call(cluster.session, MdsRequest::CsAbandon { cs: all[1] }).unwrap();
+    cluster.world.meta.check();
+    cluster.world.call(cluster.session, MdsRequest::CsAbandon { cs: all[2] }).unwrap();
+    for _ in 0..20 {
+        cluster.world.tick(SECOND);
+        cluster.world.meta.check();
+    }
+    assert_eq!(cluster.world.meta.chunk_counts().offline, 6);
+    assert!(cluster.world.meta.query(&MdsRequest::CsExamine { cs: all[0], volume: VolumeId(0), index: 0 }).is_err());
+    let Ok(MdsReply::Events(events)) = cluster.world.meta.query(&MdsRequest::Events { after: 0, limit: 1000 }) else {
+        panic!()
+    };
+    assert!(events.iter().any(|event| event.code == "MDS-4011" && event.text.contains("volume v")));
+}

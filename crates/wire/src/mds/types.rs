@@ -510,3 +510,16 @@ pub struct Lineage {
     /// The highest log sequence number the store held when this start began.
     pub recovered: u64,
 }
+
+/// Chunks of a volume or file that would be lost with a server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostChunks {
+    /// The volume; of a file its inode.
+    pub volume: VolumeId,
+    /// Name of a block volume; empty for a file.
+    pub name: String,
+    /// Chunks with no other current copy at all.
+    pub only: u64,
+    /// Chunks whose other current copies are on servers that do not answer.
+    pub unreachable: u64,
+}
