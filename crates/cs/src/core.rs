@@ -324,7 +324,7 @@ impl CsCore {
 
     /// True when a planned stop has nothing more to wait for.
     pub fn is_ready_to_stop(&self) -> bool {
-        self.stop_ready || self.failed.is_some()
+        self.failed.is_some() || (self.stop_ready && !self.mds.is_telling())
     }
 
     fn submit(&mut self, now: Now, pending: Pending, request: StoreRequest) {

@@ -77,6 +77,8 @@ pub(super) struct MdsLink {
     /// The highest log sequence number told to be durable, and when the next may be told.
     marked: u64,
     mark_at: Instant,
+    /// The call that tells it before a planned stop, until it is answered.
+    last_mark: Option<u64>,
     next_id: u64,
     outstanding: Option<(u64, Asked, Instant)>,
     heartbeat_at: Instant,
@@ -108,6 +110,7 @@ impl MdsLink {
             labelling: false,
             marked: 0,
             mark_at: Instant(0),
+            last_mark: None,
             next_id: 1,
             outstanding: None,
             heartbeat_at: Instant(0),
@@ -128,6 +131,11 @@ impl MdsLink {
 
     pub(super) fn begin(&mut self, now: Now) {
         self.phase = Phase::Pause { until: now.mono };
+    }
+
+    /// True until the call before a planned stop is answered.
+    pub(super) fn is_telling(&self) -> bool {
+        self.last_mark.is_some()
     }
 
     /// The highest log sequence number told to be durable.
@@ -260,12 +268,12 @@ impl CsCore {
         (Asked::Mark { durable }, MdsRequest::CsMark { cs, boot: self.boot, durable })
     }
 
-    /// Before a planned stop: what is durable by now. Nobody waits for the answer.
+    /// Before a planned stop: what is durable by now.
     pub(super) fn mds_last_mark(&mut self, now: Now, out: &mut Effects) {
         if let (Phase::Up { link }, Some(cs), true) = (&self.mds.phase, self.mds.cs, self.mds.registered) {
             let link = *link;
             let (_, request) = self.mark(cs);
-            self.mds_send(now, link, request, out);
+            self.mds.last_mark = Some(self.mds_send(now, link, request, out));
         }
     }
 
@@ -400,6 +408,7 @@ impl CsCore {
         self.mds.backoff = (self.mds.backoff * 2).min(BACKOFF[1]);
         self.mds.registered = false;
         self.mds.outstanding = None;
+        self.mds.last_mark = None;
         self.mds.report = None;
     }
 
@@ -437,6 +446,7 @@ impl CsCore {
                         Some((id, asked, _)) if id == frame.id => self.mds_answered(now, asked, reply, out),
                         other => self.mds.outstanding = other,
                     }
+                    self.mds.last_mark.take_if(|id| *id == frame.id);
                     None
                 }
                 Err(error) => Some(error.to_string()),
