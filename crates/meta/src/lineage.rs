@@ -1,4 +1,4 @@
-//! Which state of a chunk server's store the cluster last knew: an older or a second copy of it is turned away (I3, I7).
+//! Which state of a chunk server's store the cluster last knew: an older or a second copy is turned away (I3, I7).
 //!
 //! Versions of chunks cannot tell: they change with replica sets, not with writes. So each start of a server names the
 //! start before it, and what the store held is compared with what it once said was durable. What is found by this and

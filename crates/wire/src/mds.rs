@@ -526,8 +526,8 @@ pub enum MdsRequest {
         /// Copies of this index in it and later ones.
         index: u64,
     },
-    /// Drops a server at once, with the only current copies of chunks on it: what needs them is lost. All else is refused
-    /// as in [`MdsRequest::CsRemove`] with `force`.
+    /// Drops a server at once, with the only current copies of chunks on it: what needs them is lost. All else is
+    /// refused as in [`MdsRequest::CsRemove`] with `force`.
     CsAbandon {
         /// The server.
         cs: CsId,

@@ -320,7 +320,7 @@ impl Scenario {
     fn put_right_disk_back(&mut self, index: usize) {
         let node = self.cluster.cs[index].node;
         match self.cluster.world.inspect::<CsCore, _>(node, |core| core.is_admitted()) {
-            Some(false) => return self.restore_after(SECOND, Restore::RightDisk(index)),
+            Some(false) => self.restore_after(SECOND, Restore::RightDisk(index)),
             Some(true) => self.faults.old_copy = None,
             None => {
                 let copy = self.faults.old_copy.take().expect("put in before");

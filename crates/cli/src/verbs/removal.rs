@@ -102,16 +102,14 @@ async fn find_paths(client: &LocalClient, mut wanted: BTreeSet<InodeId>) -> Resu
 
 fn describe(lost: &Lost) -> String {
     let LostChunks { only, unreachable, .. } = lost.chunks;
-    match (only, unreachable) {
-        (only, 0) => format!("{}: {only} chunks have no other copy", lost.name),
-        (0, unreachable) => {
-            format!("{}: {unreachable} chunks have their other copies on servers that do not answer", lost.name)
-        }
-        (only, unreachable) => format!(
-            "{}: {only} chunks have no other copy, {unreachable} have theirs on servers that do not answer",
-            lost.name
-        ),
+    let mut words = Vec::new();
+    if only > 0 {
+        words.push(format!("{only} chunks have no other copy"));
     }
+    if unreachable > 0 {
+        words.push(format!("{unreachable} chunks have their other copies on servers that do not answer"));
+    }
+    format!("{}: {}", lost.name, words.join(", "))
 }
 
 /// Refuses to drop a server with data that is nowhere else in reach, with the list of it.
