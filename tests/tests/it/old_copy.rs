@@ -27,7 +27,7 @@ fn state_of(cluster: &Cluster, dir: &Path) -> String {
     let stat = cluster.json(&["stat"]).unwrap_or_default();
     let dir = dir.display().to_string();
     let servers = stat["cs"].as_array().cloned().unwrap_or_default();
-    let server = servers.into_iter().find(|cs| cs["repository"] == Value::from(dir.clone()));
+    let server = servers.into_iter().find(|cs| cs["repository"].as_str() == Some(dir.as_str()));
     server.map_or_else(String::new, |cs| cs["state"].as_str().unwrap_or_default().to_owned())
 }
 
