@@ -108,7 +108,6 @@ impl<K: Kv> Meta<K> {
                 }
                 Ok(None)
             }
-            Err(_) if planted!("old_copy_let_in") => Ok(None),
             Err(why) => Ok(Some(self.turn_away(cs, &why))),
         }
     }
