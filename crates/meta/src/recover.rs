@@ -141,13 +141,15 @@ impl Recovery<'_> {
         }
     }
 
-    /// Sessions, handles, leases, orders and the repair queue are of processes that are no more.
+    /// Sessions, handles, leases, orders and the repair queue are of processes that are no more; the starts of chunk servers
+    /// that the old state knew are behind those their stores know; damage is found again.
     fn forget_the_living(&mut self) {
-        use keys::{COPY, HANDLE, HANDLE_OF, LEASE, ORDER, QUEUE, REPLICA, SESSION, SWEEP};
-        for table in [COPY, HANDLE, HANDLE_OF, LEASE, ORDER, QUEUE, REPLICA, SESSION, SWEEP] {
+        use keys::{COPY, DAMAGED, HANDLE, HANDLE_OF, LEASE, LINEAGE, ORDER, QUEUE, REPLICA, SESSION, SWEEP};
+        for table in [COPY, DAMAGED, HANDLE, HANDLE_OF, LEASE, LINEAGE, ORDER, QUEUE, REPLICA, SESSION, SWEEP] {
             self.clear(table);
         }
         self.meta.sessions.clear();
+        self.meta.damaged.clear();
         self.meta.globals.counts = ChunkCounts::default();
         self.meta.globals.brake = None;
         self.meta.globals.repairing = false;

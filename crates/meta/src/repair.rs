@@ -165,7 +165,8 @@ impl<K: Kv> Meta<K> {
         let missing = usize::from(chunk.replicas_normal).saturating_sub(census.staying + census.rebuilding);
         let (targets, retry_ns) =
             if missing > 0 { self.targets(chunk, policy, missing) } else { (Vec::new(), RETRY_BUSY_NS) };
-        let stuck = missing > 0 && targets.is_empty() && census.rebuilding == 0 && retry_ns == RETRY_NO_TARGET_NS;
+        let alone = missing > 0 && targets.is_empty() && census.rebuilding == 0;
+        let stuck = alone && retry_ns == RETRY_NO_TARGET_NS && !self.on_hold();
         if !lost.is_empty() || !targets.is_empty() {
             chunk.bump();
             for cs in lost {
