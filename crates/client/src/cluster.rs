@@ -175,6 +175,21 @@ impl ClusterFiles {
 /// # Errors
 /// [`ClusterFileError::Line`] or [`ClusterFileError::Empty`].
 pub fn parse_servers(path: &Path, text: &str) -> Result<Vec<SocketAddr>, ClusterFileError> {
+    parse_servers_with(path, text, &mut |host, port| Ok((host, port).to_socket_addrs()?.collect()))
+}
+
+/// Finds the addresses of a host.
+pub type Resolve<'a> = dyn FnMut(&str, u16) -> io::Result<Vec<SocketAddr>> + 'a;
+
+/// As [`parse_servers`], with another way to look names up.
+///
+/// # Errors
+/// As [`parse_servers`].
+pub fn parse_servers_with(
+    path: &Path,
+    text: &str,
+    resolve: &mut Resolve<'_>,
+) -> Result<Vec<SocketAddr>, ClusterFileError> {
     let mut servers = Vec::new();
     for (number, line) in text.lines().enumerate() {
         let line_error = |reason: String| ClusterFileError::Line { path: path.to_owned(), line: number + 1, reason };
@@ -195,9 +210,8 @@ pub fn parse_servers(path: &Path, text: &str) -> Result<Vec<SocketAddr>, Cluster
             }
             _ => (entry.trim_matches(['[', ']']), MDS_PORT_DEFAULT),
         };
-        let addresses = (host, port)
-            .to_socket_addrs()
-            .map_err(|error| line_error(format!("`{entry}` is not ADDRESS:PORT ({error})")))?;
+        let addresses =
+            resolve(host, port).map_err(|error| line_error(format!("`{entry}` is not ADDRESS:PORT ({error})")))?;
         servers.extend(addresses);
     }
     if servers.is_empty() {

@@ -11,7 +11,7 @@
 //! system for the time, and `unsafe` stands only in [`sys`] and [`ring`].
 
 pub mod clock;
-mod cutter;
+pub mod cutter;
 pub mod disk;
 mod fill;
 mod link;

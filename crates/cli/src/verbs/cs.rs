@@ -207,7 +207,11 @@ pub struct Place {
 const OPTIONS_FILE: &str = "options.json";
 
 impl CsOptions {
-    fn read(repository: &Path) -> Result<Self> {
+    /// Reads what was written for the server in `repository`.
+    ///
+    /// # Errors
+    /// When the file is not there or damaged, with the way out.
+    pub fn read(repository: &Path) -> Result<Self> {
         let path = repository.join(OPTIONS_FILE);
         let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_str(&text).with_context(|| {
