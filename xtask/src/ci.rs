@@ -1,4 +1,4 @@
-//! The whole check, the same here and in CI: format, lints, unit and property tests, simulation, system tests.
+//! The whole check, the same here and in CI: format, lints, unit and property tests, fuzz targets, simulation, system tests.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -8,10 +8,13 @@ const SEEDS: &str = "300";
 /// Fresh seeds without faults: every one must hold.
 const SEEDS_FAULTLESS: &str = "100";
 
+/// Seconds of mutated inputs for all fuzz targets together.
+const FUZZ_SECONDS: &str = "40";
+
 /// Runs every step; stops at the first that fails.
 pub fn run(root: &Path) -> ExitCode {
     let binary = root.join("target/release/cairn").display().to_string();
-    let steps: [(&str, &[&str]); 11] = [
+    let steps: [(&str, &[&str]); 12] = [
         ("format", &["cargo", "fmt", "--all", "--check"]),
         ("lints", &["cargo", "clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
         ("house style", &["cargo", "xtask", "tidy"]),
@@ -22,6 +25,8 @@ pub fn run(root: &Path) -> ExitCode {
             "unit and property tests",
             &["cargo", "test", "--release", "--workspace", "--exclude", "cairn-tests", "--quiet"],
         ),
+        // A few seconds for each parser of bytes from outside; longer, and guided by coverage, by hand.
+        ("fuzz targets", &["cargo", "xtask", "fuzz", "--total", FUZZ_SECONDS]),
         ("regression seeds", &[&binary, "sim", "--regressions"]),
         ("fresh seeds without faults", &[&binary, "sim", "--seeds", SEEDS_FAULTLESS, "--faultless"]),
         ("fresh seeds with faults", &[&binary, "sim", "--seeds", SEEDS]),

@@ -1,6 +1,7 @@
-//! Chores of the workspace: `cargo xtask tidy`, `cargo xtask requirements`, `cargo xtask ci`.
+//! Chores of the workspace: `cargo xtask tidy`, `cargo xtask requirements`, `cargo xtask fuzz`, `cargo xtask ci`.
 
 mod ci;
+mod fuzz;
 mod requirements;
 mod tidy;
 
@@ -29,9 +30,10 @@ fn main() -> ExitCode {
     let problems = match std::env::args().nth(1).as_deref() {
         Some("tidy") => tidy::check(&root),
         Some("requirements") => requirements::check(&root),
+        Some("fuzz") => return fuzz::run(&root, &std::env::args().skip(2).collect::<Vec<_>>()),
         Some("ci") => return ci::run(&root),
         _ => {
-            eprintln!("usage: cargo xtask tidy | requirements | ci");
+            eprintln!("usage: cargo xtask tidy | requirements | fuzz [--coverage] [OPTIONS] | ci");
             return ExitCode::from(2);
         }
     };

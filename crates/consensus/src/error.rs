@@ -195,6 +195,12 @@ pub enum SnapshotError {
     /// This node is not in the image's configuration.
     #[error("this node is not a member in the image's configuration")]
     NotMember,
+    /// This node leads and knows nothing of the image.
+    #[error("this node leads, and the image at {index} is not of its log")]
+    NotInLog {
+        /// Index of the image.
+        index: u64,
+    },
     /// Another installation is under way.
     #[error("another installation is under way")]
     Busy,

@@ -4,7 +4,7 @@
 //! is issued. So a bad group with a valid later one is rot, and the log refuses to open: cutting there would forget
 //! acknowledged entries and votes.
 
-use crate::config::{Config, Initial};
+use crate::config::{Config, Initial, NUMBER_MAX};
 use crate::entry;
 use crate::error::OpenError;
 use crate::format::{
@@ -168,6 +168,10 @@ fn chain(scan: &Scan) -> Result<Vec<GroupHeader>, OpenError> {
     let Some((_, newest)) = scan.groups.last_key_value() else { return Err(OpenError::NotFormatted) };
     let (head, last) = (newest.head_sequence.get(), newest.sequence.get());
     let mut chain: Vec<GroupHeader> = Vec::new();
+    if head > last || last >= NUMBER_MAX {
+        let what = "the head lies behind the newest group";
+        return Err(OpenError::Corrupt { offset: newest.offset.get(), sequence: last, what });
+    }
     for sequence in head..=last {
         let expected_offset =
             chain.last().map_or(newest.head_offset.get(), |previous| previous.offset.get() + previous.padded_size());

@@ -92,6 +92,14 @@ impl Consensus {
         if !meta.members.contains(node.identity.id) {
             return Err(SnapshotError::NotMember);
         }
+        // What is committed is in a leader's log: an image of anything else is none of this group.
+        let log = &node.raw.raft.raft_log;
+        if node.raw.raft.state == StateRole::Leader
+            && !log.match_term(meta.index, meta.term)
+            && meta.index > node.raw.store().base().0
+        {
+            return Err(SnapshotError::NotInLog { index: meta.index });
+        }
         node.install = Some(Install { meta, phase: Phase::Asked });
         node.wal.intent_dirty = true;
         Ok(())

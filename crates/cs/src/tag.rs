@@ -117,6 +117,9 @@ impl ChunkTag {
             return Err(TagError("unknown layout version"));
         }
         let (replica_count, suspect_count) = (usize::from(bytes[2]), usize::from(bytes[3]));
+        if replica_count > TAG_REPLICAS_MAX || suspect_count > TAG_SUSPECTS_MAX {
+            return Err(TagError("a list longer than its maximum"));
+        }
         if bytes.len() != FIXED + replica_count * REPLICA + suspect_count * SUSPECT {
             return Err(TagError("length"));
         }

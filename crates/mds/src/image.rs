@@ -9,7 +9,7 @@ use crate::base::{Base, ImageMark, ImageReader};
 use crate::checkpoint::{decode_members, encode_members};
 use crate::core::MdsCore;
 use cairn_consensus::{SnapshotMeta, SnapshotWanted};
-use cairn_types::MdsId;
+use cairn_types::{MdsId, NodeId};
 use cairn_wire::mds::ImagePiece;
 use cairn_wire::{Effects, FrameKind, LinkId, Now};
 use std::collections::BTreeMap;
@@ -112,6 +112,10 @@ impl<B: Base> MdsCore<B> {
 
     /// A piece for us, or the acknowledgement of one of ours.
     pub(crate) fn image_frame(&mut self, now: Now, link: LinkId, id: u64, bytes: &[u8], effects: &mut Effects) {
+        if !matches!(self.calls.peer(link), Some(NodeId::Mds(_))) {
+            effects.log.push(format!("link {link:?} sent a piece of a state image and is no metadata server"));
+            return self.close(link, effects);
+        }
         if bytes.is_empty() {
             return self.piece_acknowledged(link, id, effects);
         }

@@ -99,7 +99,7 @@ macro_rules! hex_id {
 
             fn from_str(text: &str) -> Result<Self, Self::Err> {
                 let text = text.trim();
-                if text.len() != 32 || !text.is_ascii() {
+                if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
                     return Err(ParseHexIdError { text: text.to_owned() });
                 }
                 let mut bytes = [0u8; 16];

@@ -74,7 +74,7 @@ impl ClusterKey {
     /// Reads what [`ClusterKey::to_hex`] wrote.
     pub fn from_hex(text: &str) -> Option<Self> {
         let text = text.trim();
-        if text.len() != 64 || !text.is_ascii() {
+        if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return None;
         }
         let mut key = [0u8; 32];

@@ -5,6 +5,7 @@
 
 use cairn_env::Buf;
 use cairn_stdx::checksum::crc32c;
+use cairn_stdx::planted;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -233,7 +234,10 @@ impl FrameReader {
         let (header, kind) = FrameHeader::parse(head, self.authenticated)?;
         let (prefix_len, payload_len) = (header.prefix_len.get() as usize, header.payload_len.get() as usize);
         let body = &held[FRAME_HEADER_SIZE..];
-        if body.len() < prefix_len + payload_len {
+        if planted!("wire_room_by_promise") {
+            std::hint::black_box(Vec::<u8>::with_capacity(payload_len));
+        }
+        if body.len() < prefix_len + payload_len && !planted!("wire_frame_length_unchecked") {
             return Ok(None);
         }
         let prefix = body[..prefix_len].to_vec();

@@ -41,9 +41,37 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 /// # Errors
 /// [`MessageError`] when the bytes are not exactly one message of this type.
 pub fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, MessageError> {
-    match postcard::take_from_bytes::<T>(bytes) {
+    let mut reader = postcard::Deserializer::from_flavor(Unpromised(postcard::de_flavors::Slice::new(bytes)));
+    let read = T::deserialize(&mut reader).and_then(|message| Ok((message, reader.finalize()?)));
+    match read {
         Ok((message, [])) => Ok(message),
         Ok((_, rest)) => Err(MessageError { what, reason: format!("{} bytes too many", rest.len()) }),
         Err(error) => Err(MessageError { what, reason: error.to_string() }),
+    }
+}
+
+/// Bytes whose length fields are not believed: room for a list is made as its elements arrive. Otherwise a list that
+/// claims an element for each byte that follows would get all their memory at once (I19).
+struct Unpromised<'a>(postcard::de_flavors::Slice<'a>);
+
+impl<'a> postcard::de_flavors::Flavor<'a> for Unpromised<'a> {
+    type Remainder = &'a [u8];
+    type Source = &'a [u8];
+
+    fn pop(&mut self) -> postcard::Result<u8> {
+        self.0.pop()
+    }
+
+    /// No list is ever believed to fit.
+    fn size_hint(&self) -> Option<usize> {
+        Some(0)
+    }
+
+    fn try_take_n(&mut self, count: usize) -> postcard::Result<&'a [u8]> {
+        self.0.try_take_n(count)
+    }
+
+    fn finalize(self) -> postcard::Result<&'a [u8]> {
+        self.0.finalize()
     }
 }

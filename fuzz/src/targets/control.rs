@@ -9,7 +9,7 @@ use std::fmt::Debug;
 /// Elements of lists take a few bytes on the wire and up to two hundred in memory.
 pub const BOUND: Bound = Bound {
     base: 64 << 10,
-    factor: 48,
+    factor: 64,
     why: "numbers are short on the wire and have their full width in memory; only members of the cluster send these",
 };
 

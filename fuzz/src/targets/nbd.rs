@@ -14,10 +14,10 @@ pub const TARGET: Target = Target {
     entry: "cairn_nbd_proto::Session::receive",
     shape: Shape::Bytes,
     bound: Bound {
-        base: 1 << 20,
-        factor: 4,
-        why: "what a connection may hold at once is bounded by its limits, whatever it sends: listings and replies \
-              that wait to be sent",
+        base: (1 << 20) + (256 << 10),
+        factor: 8,
+        why: "a write of up to 1 MiB has room made for it at its header; replies wait to be sent, up to the limits of \
+              a connection",
     },
     run,
     seal: unsealed,
@@ -30,7 +30,7 @@ impl Catalog for Shelf {
     fn get(&self, name: &str) -> Option<ExportInfo> {
         self.list().into_iter().find(|(known, _)| known == name).map(|(name, description)| ExportInfo {
             read_only: name == "iso",
-            size: 1 << 20,
+            size: 1 << 40,
             description,
             name,
         })

@@ -284,7 +284,7 @@ impl Volume {
     fn on_acquired(&mut self, ctx: &mut Ctx<'_>, result: Result<MdsReply, MdsError>) {
         let State::Acquiring { deadline, again } = self.state else { return };
         match result {
-            Ok(MdsReply::Lease(grant)) => self.begin(ctx, grant),
+            Ok(MdsReply::Lease(grant)) if grant.volume == self.id => self.begin(ctx, grant),
             // Asked for in a session that has ended since: the next one asks again.
             Err(MdsError::Held { .. }) | Err(MdsError::SessionEnded(_)) if ctx.io.now < deadline => {
                 ctx.io.timers.after(ctx.io.now, again, Timer::Acquire(self.key));

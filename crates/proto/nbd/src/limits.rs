@@ -25,6 +25,9 @@ pub const BLOCK_SIZE_PREFERRED: u32 = 4096;
 /// Longest payload of a read or a write.
 pub const PAYLOAD_MAX: u32 = 32 << 20;
 
+/// A payload up to this size gets its buffer with its header; room for a longer one is made as it arrives (I19).
+pub const PAYLOAD_AT_ONCE: usize = 1 << 20;
+
 /// A refused payload is read past up to this length; a client that announces more is disconnected.
 pub const PAYLOAD_DISCARD_MAX: u64 = 64 << 20;
 

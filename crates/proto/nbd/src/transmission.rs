@@ -3,7 +3,7 @@
 use crate::fields::Fields;
 use crate::limits::{
     BLOCK_SIZE_PREFERRED, BLOCK_STATUS_BYTES_PER_BLOCK, BLOCK_STATUS_LEN_MAX, IN_FLIGHT_BYTES_MAX, IN_FLIGHT_MAX,
-    PAYLOAD_DISCARD_MAX, PAYLOAD_MAX,
+    PAYLOAD_AT_ONCE, PAYLOAD_DISCARD_MAX, PAYLOAD_MAX,
 };
 use crate::output::Output;
 use crate::reply::Style;
@@ -39,8 +39,10 @@ enum State {
     Payload {
         ticket: Ticket,
         fua: bool,
+        /// Room for what is here and comes next; up to `size` as the payload arrives.
         buf: BufMut,
         filled: usize,
+        size: usize,
     },
     /// The payload of a refused request is being read past; the refusal follows it.
     Discard {
@@ -114,6 +116,7 @@ impl Transmission {
             State::Header => self.header(rest, shutting_down, output),
             State::Payload { buf, filled, .. } => {
                 let count = rest.0.len().min(buf.len() - *filled);
+                assert!(count > 0, "there is always room for what comes next");
                 let bytes = rest.bytes(count).expect("count is at most what is left");
                 buf[*filled..*filled + count].copy_from_slice(bytes);
                 Ok(self.filled(count).map_or(TransmissionStep::Next, TransmissionStep::Request))
@@ -141,13 +144,18 @@ impl Transmission {
 
     /// Counts `count` bytes of payload; the request when that was the last of it.
     pub(crate) fn filled(&mut self, count: usize) -> Option<Request> {
-        let State::Payload { buf, filled, .. } = &mut self.state else {
+        let State::Payload { buf, filled, size, .. } = &mut self.state else {
             assert_eq!(count, 0, "no payload is awaited");
             return None;
         };
         *filled += count;
         assert!(*filled <= buf.len(), "{filled} bytes filled of {}", buf.len());
-        if *filled < buf.len() {
+        if *filled < *size {
+            if *filled == buf.len() {
+                let mut larger = BufMut::zeroed((buf.len() * 4).min(*size));
+                larger[..*filled].copy_from_slice(buf);
+                *buf = larger;
+            }
             return None;
         }
         let State::Payload { ticket, fua, buf, .. } = std::mem::replace(&mut self.state, State::Header) else {
@@ -194,7 +202,8 @@ impl Transmission {
             Ok(Verdict::AwaitPayload { fua }) => {
                 self.admit(cost);
                 let size = usize::try_from(header.len).expect("checked against PAYLOAD_MAX");
-                self.state = State::Payload { ticket, fua, buf: BufMut::zeroed(size), filled: 0 };
+                let buf = BufMut::zeroed(size.min(PAYLOAD_AT_ONCE));
+                self.state = State::Payload { ticket, fua, buf, filled: 0, size };
             }
             Ok(Verdict::Run(command)) => {
                 self.admit(cost);
