@@ -14,7 +14,7 @@ pub const TARGET: Target = Target {
     entry: "cairn_nbd_proto::Session::receive",
     shape: Shape::Bytes,
     bound: Bound {
-        base: (1 << 20) + (256 << 10),
+        base: 2 << 20,
         factor: 8,
         why: "a write of up to 1 MiB has room made for it at its header; replies wait to be sent, up to the limits of \
               a connection",
