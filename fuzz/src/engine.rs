@@ -229,7 +229,11 @@ impl Run<'_> {
         });
         self.report.kept = 0;
         for input in fresh {
-            if self.try_input(&input) && corpus::save(&corpus::folder(self.target), "found", &input).is_ok() {
+            // An edge that is new, not only one that was taken more often: the corpus stays small.
+            let edges = self.seen.edges;
+            self.try_input(&input);
+            let new = self.seen.edges > edges;
+            if new && corpus::save(&corpus::folder(self.target), "found", &input).is_ok() {
                 self.report.kept += 1;
             }
         }
