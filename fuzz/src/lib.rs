@@ -1,9 +1,9 @@
 //! Fuzzing of everything that reads bytes from outside: the wire, the disks, files, arguments (I19).
 //!
-//! A [`Target`] is a function over bytes, in one small file below `targets/`. The [`engine`] mutates the target's corpus
-//! and asserts that nothing panics, loops, or allocates beyond the target's bound. Which inputs are kept is guided by
-//! coverage when the build is instrumented ([`coverage`], `cargo xtask fuzz --coverage`); without, the same loop runs
-//! blind, reproducibly from a printed seed. Problem, list and figures: `docs/design/fuzzing.md`.
+//! A [`Target`] is a function over bytes, in one small file below `targets/`. The [`engine`] mutates the target's
+//! corpus and asserts that nothing panics, loops, or allocates beyond the target's bound. Which inputs are kept is
+//! guided by coverage when the build is instrumented ([`coverage`], `cargo xtask fuzz --coverage`); without, the same
+//! loop runs blind, reproducibly from a printed seed. Problem, list and figures: `docs/design/fuzzing.md`.
 
 pub mod alloc;
 pub mod corpus;

@@ -65,7 +65,8 @@ const WORDS: [&str; 28] = [
     "\"",
 ];
 
-/// Changes `bytes` in `rounds` places; `other` lends pieces for splices, `compared` operands that would have been equal.
+/// Changes `bytes` in `rounds` places; `other` lends pieces for splices, `compared` operands that would have been
+/// equal.
 pub fn mutate(target: &Target, bytes: &mut Vec<u8>, other: &[u8], compared: &[(u64, u64)], rounds: u32, rng: &mut Rng) {
     for _ in 0..rounds {
         match target.shape {

@@ -1,4 +1,5 @@
-//! The whole check, the same here and in CI: format, lints, unit and property tests, fuzz targets, simulation, system tests.
+//! The whole check, the same here and in CI: format, lints, unit and property tests, fuzz targets, simulation, system
+//! tests.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -30,7 +31,8 @@ pub fn run(root: &Path) -> ExitCode {
         ("regression seeds", &[&binary, "sim", "--regressions"]),
         ("fresh seeds without faults", &[&binary, "sim", "--seeds", SEEDS_FAULTLESS, "--faultless"]),
         ("fresh seeds with faults", &[&binary, "sim", "--seeds", SEEDS]),
-        // A share of the planted bugs in each run: all of them, and the cores built with them, would take minutes more.
+        // A share of the planted bugs in each run: all of them, and the cores built with them, would take minutes
+        // more.
         (
             "planted bugs",
             &[

@@ -1,5 +1,5 @@
-//! `cargo xtask fuzz`: builds the fuzz targets and runs them. With `--coverage` the crates of the workspace are compiled
-//! with LLVM's coverage instrumentation, and mutations are guided by it.
+//! `cargo xtask fuzz`: builds the fuzz targets and runs them. With `--coverage` the crates of the workspace are
+//! compiled with LLVM's coverage instrumentation, and mutations are guided by it.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
