@@ -3,11 +3,7 @@
 //! A panic, memory beyond the bound and an execution that does not end are findings. Each is saved and the run goes on,
 //! except where the process cannot: an endless loop and an allocation that would take the machine down end it.
 
-#![expect(
-    clippy::disallowed_methods,
-    clippy::disallowed_types,
-    reason = "the time box of a run is real time, and the watchdog is a thread"
-)]
+#![expect(clippy::disallowed_methods, reason = "the time box of a run is real time, and the watchdog is a thread")]
 
 use crate::coverage::{Seen, compared};
 use crate::{Target, alloc, corpus, mutate};
@@ -101,7 +97,7 @@ fn prepare() {
             loop {
                 std::thread::sleep(Duration::from_secs(1));
                 let now = EXECUTION.load(Ordering::Relaxed);
-                if now != last.0 || now % 2 == 0 {
+                if now != last.0 || now.is_multiple_of(2) {
                     last = (now, Instant::now());
                 } else if last.1.elapsed() > ENDLESS {
                     give_up("an execution does not end");

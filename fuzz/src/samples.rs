@@ -416,12 +416,12 @@ pub fn pushes() -> Named<Push> {
 
 /// Pieces of a state image.
 pub fn image_pieces() -> Named<ImagePiece> {
-    let members: (Vec<(u64, u64)>, Vec<(u64, u64)>) = (vec![(1, 101), (2, 102)], vec![]);
+    let (voters, learners): (Vec<(u64, u64)>, Vec<u64>) = (vec![(1, 101), (2, 102)], vec![]);
     let first = ImagePiece {
         index: 5000,
         term: 2,
         piece: 0,
-        conf_state: cairn_wire::encode(&members),
+        conf_state: cairn_wire::encode(&(voters, learners)),
         pairs: vec![(b"key 1".to_vec(), b"value 1".to_vec()), (vec![1; 9], vec![2; 200])],
         last: false,
     };

@@ -75,7 +75,7 @@ pub fn seeds() -> Seeds {
     let orders = |orders: Vec<CsOrder>| reply(&Ok(MdsReply::Orders(orders)));
     let wait = |ms: u16| (WAIT, ms.to_le_bytes().to_vec());
     let client = (ACCEPT, vec![0, 9]);
-    let begin = vec![wait(1), registered.clone(), client.clone(), call(0), call(1), call(3)];
+    let begin = [wait(1), registered.clone(), client.clone(), call(0), call(1), call(3)];
     let with = |more: Vec<(u8, Vec<u8>)>| -> Vec<u8> {
         let all: Vec<(u8, Vec<u8>)> = begin.iter().cloned().chain(more).collect();
         script::script(all.iter().map(|(kind, piece)| (*kind, &piece[..])))

@@ -104,7 +104,7 @@ fn answer(command: &Command, mode: u8, zeros: &Buf) -> Result<BlockReply, BlockE
         Command::Read { len, .. } => {
             let len = *len as usize;
             let mut pieces = vec![zeros.clone(); len / zeros.len()];
-            if len % zeros.len() != 0 {
+            if !len.is_multiple_of(zeros.len()) {
                 pieces.push(zeros.slice(0, len % zeros.len()));
             }
             Ok(BlockReply::Data(pieces))
