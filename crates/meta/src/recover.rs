@@ -141,8 +141,8 @@ impl Recovery<'_> {
         }
     }
 
-    /// Sessions, handles, leases, orders and the repair queue are of processes that are no more; the starts of chunk servers
-    /// that the old state knew are behind those their stores know; damage is found again.
+    /// Sessions, handles, leases, orders and the repair queue are of processes that are no more; the starts of chunk
+    /// servers that the old state knew are behind those their stores know; damage is found again.
     fn forget_the_living(&mut self) {
         use keys::{COPY, DAMAGED, HANDLE, HANDLE_OF, LEASE, LINEAGE, ORDER, QUEUE, REPLICA, SESSION, SWEEP};
         for table in [COPY, DAMAGED, HANDLE, HANDLE_OF, LEASE, LINEAGE, ORDER, QUEUE, REPLICA, SESSION, SWEEP] {
