@@ -66,7 +66,7 @@ pub const PLANTED: &[Planted] = &[
     bug("cs_epoch_compared_loosely", Invariant::I5, RARE),
     bug("cs_epoch_only_in_memory", Invariant::I1, RARE),
     in_cut_hosts(bug("cs_tail_forgotten_not_fetched", Invariant::I8, 100)),
-    bug("replica_forgotten_in_version_change", Invariant::I17, RARE),
+    bug("replica_forgotten_in_version_change", Invariant::I1, 1000),
     bug("stale_copy_rejoins_as_current", Invariant::I17, 100),
     on_islands(bug("epoch_not_raised_on_regrant", Invariant::I3, 100)),
     with_old_copies(bug("old_copy_judged_by_starts_only", Invariant::I3, 100)),

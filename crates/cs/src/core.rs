@@ -720,14 +720,14 @@ impl CsCore {
         let next = [
             flush.map(|since| since + SELF_FLUSH_AFTER),
             self.settle_at,
-            Some(self.mds.wake_at()),
+            self.mds.wake_at(),
             self.rebuilds.wake_at(),
             self.scrub.wake_at(),
         ]
         .into_iter()
         .flatten()
-        .min()
-        .expect("the link to the metadata servers always has a next step");
+        .min();
+        let Some(next) = next else { return };
         let next = next.max(now.mono + Duration::from_micros(100));
         if self.armed.is_none_or(|armed| armed <= now.mono || next < armed) {
             self.armed = Some(next);

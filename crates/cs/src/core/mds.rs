@@ -7,6 +7,7 @@
 use super::CsCore;
 use super::control::{Audience, Control};
 use super::rebuild::RebuildOrder;
+use crate::lineage::Lineage;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
@@ -44,9 +45,18 @@ const HOPS_MAX: u32 = 3;
 
 #[derive(Debug)]
 enum Phase {
-    Pause { until: Instant },
-    Connecting { link: LinkId, until: Instant },
-    Up { link: LinkId },
+    /// Which start of the store this is has yet to become durable: nobody may hear of it.
+    Starting,
+    Pause {
+        until: Instant,
+    },
+    Connecting {
+        link: LinkId,
+        until: Instant,
+    },
+    Up {
+        link: LinkId,
+    },
 }
 
 #[derive(Debug)]
@@ -99,7 +109,7 @@ impl MdsLink {
     pub(super) fn new(cs: Option<CsId>) -> Self {
         Self {
             cs,
-            phase: Phase::Pause { until: Instant(0) },
+            phase: Phase::Starting,
             target: 0,
             leader: None,
             hops: 0,
@@ -129,6 +139,7 @@ impl MdsLink {
         self.cs
     }
 
+    /// The nonce of this start is durable.
     pub(super) fn begin(&mut self, now: Now) {
         self.phase = Phase::Pause { until: now.mono };
     }
@@ -179,16 +190,18 @@ impl MdsLink {
         true
     }
 
-    pub(super) fn wake_at(&self) -> Instant {
+    pub(super) fn wake_at(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Pause { until } | Phase::Connecting { until, .. } => *until,
-            Phase::Up { .. } => match &self.outstanding {
+            // The answer of the store comes with a turn of its own.
+            Phase::Starting => None,
+            Phase::Pause { until } | Phase::Connecting { until, .. } => Some(*until),
+            Phase::Up { .. } => Some(match &self.outstanding {
                 Some((_, _, deadline)) => *deadline,
-                // The answer of the store comes with a turn of its own.
+                // Here too.
                 None if self.labelling => self.heartbeat_at,
                 None if self.urgent => Instant(0),
                 None => self.heartbeat_at,
-            },
+            }),
         }
     }
 
@@ -204,7 +217,7 @@ impl CsCore {
             Phase::Pause { until } if now.mono >= until => self.mds_connect(now, out),
             Phase::Connecting { until, .. } if now.mono >= until => self.mds_give_up(now, "no connection in time", out),
             Phase::Up { link } => self.mds_ask(now, link, out),
-            Phase::Pause { .. } | Phase::Connecting { .. } => {}
+            Phase::Starting | Phase::Pause { .. } | Phase::Connecting { .. } => {}
         }
     }
 
@@ -278,6 +291,8 @@ impl CsCore {
     }
 
     fn registration(&self) -> MdsRequest {
+        let durable = Lineage::decode(&self.store.label()) == self.lineage;
+        assert!(durable || self.failed.is_some(), "I7: a start is told before it is durable: {:?}", self.lineage);
         MdsRequest::CsJoin {
             cs: self.mds.cs,
             store: self.config.store,
