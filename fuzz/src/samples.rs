@@ -255,7 +255,7 @@ pub fn requests() -> Named<MdsRequest> {
         ("chunk_drop", ChunkDrop { volume, epoch, index: 1, count: 3 }),
         (
             "cs_register",
-            CsRegister {
+            CsRegister(CsProfile {
                 cs: None,
                 store: [9; 16],
                 addr: addr(6009),
@@ -263,7 +263,7 @@ pub fn requests() -> Named<MdsRequest> {
                 tier: 0,
                 capacity: 1 << 40,
                 repository: "/c9".into(),
-            },
+            }),
         ),
         (
             "cs_heartbeat",

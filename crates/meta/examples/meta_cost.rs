@@ -81,7 +81,7 @@ fn main() {
     let MdsReply::Session { client, .. } = bench.apply(&open).unwrap() else { unreachable!() };
     (bench.session, bench.sequence) = (client, 0);
     for host in 0..12u8 {
-        let request = MdsRequest::CsRegister {
+        let request = MdsRequest::CsRegister(CsProfile {
             cs: None,
             store: [host; 16],
             addr: ([127, 0, 0, 1], 100 + u16::from(host)).into(),
@@ -96,7 +96,7 @@ fn main() {
             tier: 0,
             capacity: 1 << 50,
             repository: String::new(),
-        };
+        });
         let request = bench.encode(request);
         bench.apply(&request).unwrap();
         bench.sequence -= 1;

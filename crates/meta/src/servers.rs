@@ -9,10 +9,10 @@ use crate::state::{Meta, short};
 use cairn_stdx::planted;
 use cairn_types::{ChunkId, CsId, format_size};
 use cairn_wire::mds::{
-    ChunkReport, CsState, CsStats, Lineage, Location, MdsError, MdsReply, OrderDone, OrderKind, ReplicaRole, Severity,
+    ChunkReport, CsProfile, CsState, CsStats, Lineage, Location, MdsError, MdsReply, OrderDone, OrderKind, ReplicaRole,
+    Severity,
 };
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 
 /// Most orders in the answer of one heartbeat.
 pub const ORDERS_MAX: usize = 256;
@@ -21,17 +21,6 @@ pub const REPORT_MAX: usize = 65536;
 
 /// Longest host name, place or directory of a chunk server, in bytes.
 const TEXT_MAX: usize = 4096;
-
-/// The fields of a registration.
-pub(crate) struct Registration {
-    pub store: [u8; 16],
-    pub addr: SocketAddr,
-    pub location: Location,
-    pub tier: u8,
-    pub capacity: u64,
-    pub repository: String,
-    pub lineage: Option<Lineage>,
-}
 
 /// The fields of a heartbeat.
 pub(crate) struct Heartbeat {
@@ -51,7 +40,8 @@ impl<K: Kv> Meta<K> {
         self.slots.as_deref().expect("just filled")
     }
 
-    pub(crate) fn cs_register(&mut self, cs: Option<CsId>, new: Registration) -> Answer {
+    /// A chunk server joins or comes back; earlier servers tell no lineage.
+    pub(crate) fn cs_register(&mut self, new: CsProfile, lineage: Option<Lineage>) -> Answer {
         if new.tier > TIER_MAX {
             return Err(MdsError::Invalid(format!("tier {} is not 0 to {TIER_MAX}", new.tier)));
         }
@@ -61,7 +51,7 @@ impl<K: Kv> Meta<K> {
             return Err(MdsError::Invalid(format!("names and directories have at most {TEXT_MAX} bytes")));
         }
         let by_store = self.servers.iter().find(|(_, server)| server.store == new.store).map(|(cs, _)| *cs);
-        let cs = match (cs, by_store) {
+        let cs = match (new.cs, by_store) {
             (Some(cs), _) if !self.servers.contains_key(&cs) => {
                 return Err(MdsError::Refused(format!(
                     "{cs} is not of this cluster; make the store anew to join as a new server"
@@ -80,7 +70,7 @@ impl<K: Kv> Meta<K> {
         };
         let is_new = known.is_none();
         let cs = known.as_ref().map_or(CsId(self.globals.next_cs), |(cs, _)| *cs);
-        if let Some(turned_away) = self.judge_lineage(cs, new.lineage.as_ref())? {
+        if let Some(turned_away) = self.judge_lineage(cs, lineage.as_ref())? {
             return Ok(turned_away);
         }
         self.check_host_id(cs, &new.location);

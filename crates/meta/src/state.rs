@@ -4,7 +4,6 @@ use crate::command::{Answer, Applied, Command, MetaEffect, Recipient};
 use crate::kv::{BaseKv, Kv, Memtable, Overlay, Pairs};
 use crate::placement::Slot;
 use crate::record::{Globals, Inode, STATE_VERSION, Server, Session};
-use crate::servers::Registration;
 use crate::{config, keys};
 use cairn_stdx::checksum::crc64;
 use cairn_types::{ChunkId, ClientId, CsId, InodeId, VolumeId};
@@ -183,7 +182,7 @@ impl<K: Kv> Meta<K> {
             MdsRequest::SessionOpen { kind, host, host_name, purpose, nonce } => {
                 self.session_open(kind, host, host_name, purpose, nonce)
             }
-            MdsRequest::CsRegister { .. }
+            MdsRequest::CsRegister(_)
             | MdsRequest::CsJoin { .. }
             | MdsRequest::CsMark { .. }
             | MdsRequest::CsHeartbeat { .. }
@@ -232,15 +231,8 @@ impl<K: Kv> Meta<K> {
             ReplicaFailed { volume, epoch, cs, chunks } => self.replica_failed(client, volume, epoch, cs, &chunks),
             ReplicaFull { volume, epoch, cs, chunk } => self.replica_full(client, volume, epoch, cs, chunk),
             ChunkDrop { volume, epoch, index, count } => self.chunk_drop(client, volume, epoch, index, count),
-            CsRegister { cs, store, addr, location, tier, capacity, repository } => {
-                let new = Registration { store, addr, location, tier, capacity, repository, lineage: None };
-                self.cs_register(cs, new)
-            }
-            CsJoin { cs, store, addr, location, tier, capacity, repository, lineage } => {
-                let lineage = Some(lineage);
-                let new = Registration { store, addr, location, tier, capacity, repository, lineage };
-                self.cs_register(cs, new)
-            }
+            CsRegister(server) => self.cs_register(server, None),
+            CsJoin { server, lineage } => self.cs_register(server, Some(lineage)),
             CsAbandon { cs } => self.cs_abandon(cs),
             CsMark { cs, boot, durable } => self.cs_mark(cs, boot, durable),
             CsHeartbeat { cs, boot, stats, done, damaged, failed } => {

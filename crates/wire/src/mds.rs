@@ -39,6 +39,25 @@ pub struct Call {
     pub request: MdsRequest,
 }
 
+/// What a chunk server says of itself when it joins or comes back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CsProfile {
+    /// Its id, none for a new server.
+    pub cs: Option<CsId>,
+    /// Uuid of its store; a known id with another uuid is refused.
+    pub store: [u8; 16],
+    /// Where clients reach it.
+    pub addr: SocketAddr,
+    /// Where it stands.
+    pub location: Location,
+    /// Tier 0 to 3.
+    pub tier: u8,
+    /// Capacity in bytes.
+    pub capacity: u64,
+    /// Repository directory, for `list-services`.
+    pub repository: String,
+}
+
 /// Everything that can be asked of the metadata servers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MdsRequest {
@@ -343,22 +362,7 @@ pub enum MdsRequest {
     // Chunk servers.
     /// A chunk server joins or comes back, without saying where its store stands; answered by
     /// [`MdsReply::CsRegistered`]. Sent by earlier servers, refused from a server that has said it once.
-    CsRegister {
-        /// Its id, none for a new server.
-        cs: Option<CsId>,
-        /// Uuid of its store; a known id with another uuid is refused.
-        store: [u8; 16],
-        /// Where clients reach it.
-        addr: SocketAddr,
-        /// Where it stands.
-        location: Location,
-        /// Tier 0 to 3.
-        tier: u8,
-        /// Capacity in bytes.
-        capacity: u64,
-        /// Repository directory, for `list-services`.
-        repository: String,
-    },
+    CsRegister(CsProfile),
     /// Sent every second, and at once when an order was done; answered by [`MdsReply::Orders`].
     CsHeartbeat {
         /// The server.
@@ -491,20 +495,8 @@ pub enum MdsRequest {
     /// [`MdsReply::CsRegistered`], or by [`MdsReply::CsTurnedAway`] when it is not the one the cluster last knew. Sent
     /// again with `previous` equal to `nonce` once the first answer is durable in the store: only then it serves.
     CsJoin {
-        /// Its id, none for a new server.
-        cs: Option<CsId>,
-        /// Uuid of its store; a known id with another uuid is refused.
-        store: [u8; 16],
-        /// Where clients reach it.
-        addr: SocketAddr,
-        /// Where it stands.
-        location: Location,
-        /// Tier 0 to 3.
-        tier: u8,
-        /// Capacity in bytes.
-        capacity: u64,
-        /// Repository directory, for `list-services`.
-        repository: String,
+        /// Who it is.
+        server: CsProfile,
         /// Where its store stands.
         lineage: Lineage,
     },

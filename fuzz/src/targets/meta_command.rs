@@ -54,7 +54,7 @@ fn good() -> MemKv {
     let bootstrap = Command::Bootstrap { cluster: samples::CLUSTER, name: "stor1".into(), first, wall_ns: 1 };
     world.command(&bootstrap).expect("a first command");
     for number in 1..=4u8 {
-        let register = MdsRequest::CsRegister {
+        let register = MdsRequest::CsRegister(CsProfile {
             cs: None,
             store: [number; 16],
             addr: samples::addr(6000 + u16::from(number)),
@@ -62,7 +62,7 @@ fn good() -> MemKv {
             tier: 0,
             capacity: 1 << 40,
             repository: "/c".into(),
-        };
+        });
         world.call(0, register).expect("a new server");
     }
     let open = MdsRequest::SessionOpen {

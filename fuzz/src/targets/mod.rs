@@ -1,4 +1,4 @@
-//! The targets, one file each.
+//! The targets: one file each, and one for all control messages.
 
 use crate::Target;
 
@@ -7,18 +7,12 @@ mod auth;
 mod client_core;
 mod cluster_files;
 mod control;
-mod cs_call;
 mod cs_core;
-mod cs_reply;
 mod cs_tag;
 mod cutter;
 mod data;
 mod frames;
-mod image_piece;
-mod mds_call;
 mod mds_core;
-mod mds_push;
-mod mds_reply;
 mod meta_command;
 mod nbd;
 mod raft_log;
@@ -33,12 +27,12 @@ pub static TARGETS: &[Target] = &[
     cutter::TARGET,
     auth::TARGET,
     data::TARGET,
-    mds_call::TARGET,
-    mds_reply::TARGET,
-    mds_push::TARGET,
-    image_piece::TARGET,
-    cs_call::TARGET,
-    cs_reply::TARGET,
+    control::MDS_CALL,
+    control::MDS_REPLY,
+    control::MDS_PUSH,
+    control::IMAGE_PIECE,
+    control::CS_CALL,
+    control::CS_REPLY,
     raft_message::TARGET,
     nbd::TARGET,
     store_disk::TARGET,

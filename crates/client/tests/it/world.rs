@@ -86,7 +86,9 @@ impl Mds {
             self.sessions.insert(call.session, (link, now.mono));
         }
         let cs = match &call.request {
-            MdsRequest::CsHeartbeat { cs, .. } | MdsRequest::CsJoin { cs: Some(cs), .. } => Some(*cs),
+            MdsRequest::CsHeartbeat { cs, .. } | MdsRequest::CsJoin { server: CsProfile { cs: Some(cs), .. }, .. } => {
+                Some(*cs)
+            }
             _ => None,
         };
         if let Some(cs) = cs {

@@ -9,7 +9,9 @@ use super::control::{Audience, Control};
 use super::rebuild::RebuildOrder;
 use crate::lineage::Lineage;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
-use cairn_wire::mds::{Call, ChunkReport, CsOrder, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push};
+use cairn_wire::mds::{
+    Call, ChunkReport, CsOrder, CsProfile, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push,
+};
 use cairn_wire::{Effects, Frame, FrameKind, LinkId, NetEffect, Now};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -294,13 +296,15 @@ impl CsCore {
         let durable = Lineage::decode(&self.store.label()) == self.lineage;
         assert!(durable || self.failed.is_some(), "I7: a start is told before it is durable: {:?}", self.lineage);
         MdsRequest::CsJoin {
-            cs: self.mds.cs,
-            store: self.config.store,
-            addr: self.config.addr,
-            location: self.config.location.clone(),
-            tier: self.config.tier,
-            capacity: self.stats().capacity,
-            repository: self.config.repository.clone(),
+            server: CsProfile {
+                cs: self.mds.cs,
+                store: self.config.store,
+                addr: self.config.addr,
+                location: self.config.location.clone(),
+                tier: self.config.tier,
+                capacity: self.stats().capacity,
+                repository: self.config.repository.clone(),
+            },
             lineage: self.lineage.told(self.boot),
         }
     }

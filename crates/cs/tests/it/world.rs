@@ -362,7 +362,7 @@ impl World {
         let n = &mut self.nodes[node];
         let reply = match (n.mds_errors.pop_front(), request) {
             (Some(error), _) => Err(error),
-            (None, MdsRequest::CsJoin { cs, store, lineage, .. }) => {
+            (None, MdsRequest::CsJoin { server: CsProfile { cs, store, .. }, lineage }) => {
                 assert_eq!(store, n.config.store);
                 assert!(cs.is_none_or(|cs| cs == cs_of(node)));
                 if n.turn_away {

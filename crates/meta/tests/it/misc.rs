@@ -317,21 +317,23 @@ fn metadata_servers_get_one_id_per_nonce_and_never_an_old_one() {
 fn cloned_hosts_and_foreign_stores_are_named() {
     let mut world = World::new();
     let cs = world.server(1, 1 << 40);
-    let register = |host_name: &str, cs, store| MdsRequest::CsRegister {
-        cs,
-        store: [store; 16],
-        addr: addr(7),
-        location: Location {
-            host: HostId([1; 16]),
-            host_name: host_name.into(),
-            rack: String::new(),
-            row: String::new(),
-            room: String::new(),
-            site: String::new(),
-        },
-        tier: 0,
-        capacity: 1 << 40,
-        repository: String::new(),
+    let register = |host_name: &str, cs, store| {
+        MdsRequest::CsRegister(CsProfile {
+            cs,
+            store: [store; 16],
+            addr: addr(7),
+            location: Location {
+                host: HostId([1; 16]),
+                host_name: host_name.into(),
+                rack: String::new(),
+                row: String::new(),
+                room: String::new(),
+                site: String::new(),
+            },
+            tier: 0,
+            capacity: 1 << 40,
+            repository: String::new(),
+        })
     };
     let again = world.call(ClientId(0), register("host1", None, 40)).unwrap();
     assert!(matches!(again, MdsReply::CsRegistered { cs: found, .. } if found == cs), "the store tells who it is");

@@ -102,7 +102,7 @@ fn go_on(cluster: &mut Cluster, world: World) {
             room: String::new(),
             site: String::new(),
         };
-        let request = MdsRequest::CsRegister {
+        let request = MdsRequest::CsRegister(CsProfile {
             cs: Some(*cs),
             store: wanted.store,
             addr: addr(cs.0 as u16),
@@ -110,7 +110,7 @@ fn go_on(cluster: &mut Cluster, world: World) {
             tier: 0,
             capacity: 1 << 40,
             repository: "/c".into(),
-        };
+        });
         cluster.world.call(ClientId(0), request).unwrap();
     }
 }

@@ -467,7 +467,7 @@ fn a_drained_server_leaves_when_its_chunks_live_elsewhere() {
     cluster.servers.remove(&cs);
     cluster.heal();
     cluster.world.meta.check();
-    let back = MdsRequest::CsRegister {
+    let back = MdsRequest::CsRegister(CsProfile {
         cs: Some(cs),
         store: [40; 16],
         addr: crate::support::addr(9),
@@ -482,7 +482,7 @@ fn a_drained_server_leaves_when_its_chunks_live_elsewhere() {
         tier: 0,
         capacity: 1,
         repository: String::new(),
-    };
+    });
     assert!(matches!(cluster.world.call(ClientId(0), back), Err(MdsError::Refused(_))));
 }
 

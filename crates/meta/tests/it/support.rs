@@ -128,7 +128,7 @@ impl<K: Kv> World<K> {
             room: String::new(),
             site: String::new(),
         };
-        let request = MdsRequest::CsRegister {
+        let request = MdsRequest::CsRegister(CsProfile {
             cs: None,
             store: [number; 16],
             addr: addr(u16::from(number)),
@@ -136,7 +136,7 @@ impl<K: Kv> World<K> {
             tier: 0,
             capacity,
             repository: "/c".into(),
-        };
+        });
         match self.call(ClientId(0), request).unwrap() {
             MdsReply::CsRegistered { cs, .. } => cs,
             other => panic!("{other:?}"),
