@@ -61,6 +61,21 @@ pub const PARAMETERS: &[Parameter] = &[
               looked at its report.",
     },
     Parameter {
+        key: crate::rebalance::GAP,
+        default: 10,
+        min: 1,
+        max: 100,
+        doc: "Difference, in per cent of their capacity, between the fullest and the emptiest chunk server of a tier at \
+              which copies begin to move; they do until it is half of it; 100: never.",
+    },
+    Parameter {
+        key: crate::rebalance::MOVES,
+        default: 2,
+        min: 1,
+        max: 256,
+        doc: "Copies moved to one chunk server at a time to balance space.",
+    },
+    Parameter {
         key: "mds.wd.max_offline_cs",
         default: 2,
         min: 0,

@@ -32,6 +32,7 @@ impl<K: Kv> Meta<K> {
         self.run_garbage(STEP_CHUNKS);
         self.run_retarget(STEP_CHUNKS);
         self.run_queue(STEP_PLANS);
+        self.run_balance();
         self.finish_drains();
         self.report_repair();
     }

@@ -9,6 +9,8 @@ pub const GLOBALS: u8 = b'A';
 pub const SERVER: u8 = b'B';
 /// Session (written at checkpoints).
 pub const SESSION: u8 = b'C';
+/// State of balancing: one record.
+pub const BALANCE: u8 = b'Y';
 /// Directory entry: directory, hash of the name, name.
 pub const DENTRY: u8 = b'D';
 /// Event: number.

@@ -32,6 +32,7 @@ mod lineage;
 mod members;
 mod namespace;
 pub mod placement;
+mod rebalance;
 pub mod record;
 pub mod recover;
 mod removal;

@@ -122,7 +122,7 @@ fn draw<'a, I: Iterator<Item = &'a Slot>>(candidates: impl Fn() -> I, wish: &Wis
 }
 
 /// SplitMix64's finisher, twice, since chunk ids are neighbours.
-fn scramble(x: u64) -> u64 {
+pub(crate) fn scramble(x: u64) -> u64 {
     let once = |x: u64| {
         let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

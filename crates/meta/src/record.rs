@@ -305,6 +305,23 @@ pub struct Order {
     pub version: ChunkVersion,
 }
 
+/// Where balancing stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Balance {
+    /// Copies move.
+    Moving {
+        /// So many were begun.
+        moved: u64,
+        /// When the last was, on the clock of ticks.
+        last_ns: u64,
+    },
+    /// What remains cannot be moved now.
+    Resting {
+        /// When to look again, on the clock of ticks.
+        until_ns: u64,
+    },
+}
+
 /// What the other parties say of a server's presence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Presence {

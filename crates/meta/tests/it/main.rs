@@ -4,6 +4,7 @@ mod bugs;
 mod leases;
 mod misc;
 mod namespace;
+mod rebalance;
 mod recover;
 mod rename;
 mod repair;

@@ -35,6 +35,8 @@ pub struct Cluster {
     pub next_value: u64,
     /// Index of every chunk there ever was.
     pub indexes: BTreeMap<ChunkId, u64>,
+    /// What servers can hold, of which each copy takes 1 MiB; none: more than the tests use.
+    pub capacity: Option<u64>,
 }
 
 impl Cluster {
@@ -59,6 +61,7 @@ impl Cluster {
             written: BTreeMap::new(),
             next_value: 1,
             indexes: BTreeMap::new(),
+            capacity: None,
         }
     }
 
@@ -151,7 +154,11 @@ impl Cluster {
             return;
         }
         let done = std::mem::take(&mut self.servers.get_mut(&cs).unwrap().done);
-        for order in self.world.heartbeat(cs, done) {
+        let (capacity, used) = match self.capacity {
+            Some(capacity) => (capacity, self.servers[&cs].copies.len() as u64 * (1 << 20)),
+            None => (1 << 40, 1 << 30),
+        };
+        for order in self.world.heartbeat(cs, capacity, used, done) {
             let done = self.obey(cs, order);
             self.servers.get_mut(&cs).unwrap().done.extend(done);
         }
@@ -299,6 +306,8 @@ pub fn random_failures_keep_every_current_copy_true_and_heal() {
         let mut rng = Rng::new(seed);
         let options = VolumeOptions { chunk_size: Some(1 << 20), ..VolumeOptions::default() };
         let mut cluster = Cluster::new(5, 1 + (seed % 2) as u8, options);
+        // Small enough that copies move for balance meanwhile.
+        cluster.capacity = (seed % 3 == 0).then_some(24 << 20);
         let all: Vec<CsId> = cluster.servers.keys().copied().collect();
         for step in 0..400 {
             let context = format!("seed {seed} step {step}");
@@ -336,7 +345,7 @@ pub fn random_failures_keep_every_current_copy_true_and_heal() {
     }
 }
 
-fn filled(hosts: u8, chunks: u64) -> Cluster {
+pub fn filled(hosts: u8, chunks: u64) -> Cluster {
     let options = VolumeOptions { chunk_size: Some(1 << 20), ..VolumeOptions::default() };
     let mut cluster = Cluster::new(hosts, 1, options);
     for index in 0..chunks {
@@ -347,14 +356,14 @@ fn filled(hosts: u8, chunks: u64) -> Cluster {
 }
 
 impl Cluster {
-    fn silence(&mut self, cs: CsId, state: CsState) {
+    pub fn silence(&mut self, cs: CsId, state: CsState) {
         self.servers.get_mut(&cs).unwrap().up = false;
         let wall_ns = self.world.wall_ns;
         self.world.command(Command::CsSilent { cs, state, wall_ns }).unwrap();
     }
 
     /// Seconds with heartbeats of all servers that are up.
-    fn run(&mut self, seconds: u64) {
+    pub fn run(&mut self, seconds: u64) {
         let all: Vec<CsId> = self.servers.keys().copied().collect();
         for _ in 0..seconds {
             for cs in &all {

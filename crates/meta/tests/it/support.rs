@@ -143,8 +143,8 @@ impl<K: Kv> World<K> {
         }
     }
 
-    pub fn heartbeat(&mut self, cs: CsId, done: Vec<OrderDone>) -> Vec<CsOrder> {
-        let stats = CsStats { capacity: 1 << 40, used: 1 << 30, ..CsStats::default() };
+    pub fn heartbeat(&mut self, cs: CsId, capacity: u64, used: u64, done: Vec<OrderDone>) -> Vec<CsOrder> {
+        let stats = CsStats { capacity, used, ..CsStats::default() };
         let request = MdsRequest::CsHeartbeat { cs, boot: 1, stats, done, damaged: Vec::new(), failed: None };
         match self.call(ClientId(0), request).unwrap() {
             MdsReply::Orders(orders) => orders,
