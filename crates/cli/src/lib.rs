@@ -63,6 +63,8 @@ pub enum Verb {
     MakeCs(verbs::cs::MakeCsArgs),
     /// Removes a chunk server: drains it first.
     RmCs(verbs::cs::RmCsArgs),
+    /// Gives a chunk server a new, empty disk; it keeps its id and its place.
+    ReplaceCs(verbs::cs::ReplaceCsArgs),
     /// Runs a chunk server, or says where it stands.
     #[command(subcommand)]
     Cs(verbs::cs::CsVerb),
@@ -136,6 +138,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Verb::AuthNode(args) => verbs::auth::run(&context, args)?,
         Verb::MakeCs(args) => verbs::cs::make(&context, args)?,
         Verb::RmCs(args) => verbs::cs::remove(&context, args)?,
+        Verb::ReplaceCs(args) => verbs::cs::replace(&context, args)?,
         Verb::Cs(verb) => verbs::cs::run(&context, verb)?,
         Verb::Mount(args) => verbs::mount::run(&context, args)?,
         Verb::ListServices(args) => verbs::cluster::list_services(&context, args)?,

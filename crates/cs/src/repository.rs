@@ -46,6 +46,8 @@ pub struct MakeCs {
     pub cluster: ClusterId,
     /// Its name.
     pub cluster_name: String,
+    /// The removed server whose place it takes, with its id; none for a new one.
+    pub replaces: Option<CsId>,
     /// Identity of this host.
     pub host: HostId,
     /// Tier, 0 to 3.
@@ -336,7 +338,7 @@ pub fn make_cs(make: &MakeCs, progress: impl FnMut(u64)) -> Result<CsIdentity, R
     let identity = CsIdentity {
         cluster: make.cluster,
         cluster_name: make.cluster_name.clone(),
-        cs: None,
+        cs: make.replaces,
         store: cairn_env_real::random_bytes::<16>(),
         host: make.host,
         tier: make.tier,
@@ -412,6 +414,7 @@ mod tests {
 
     fn make(dir: &Path) -> MakeCs {
         MakeCs {
+            replaces: None,
             dir: dir.to_owned(),
             cluster: ClusterId([7; 16]),
             cluster_name: "stor1".into(),

@@ -194,7 +194,7 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    fn drop_orders(&mut self, cs: CsId) {
+    pub(crate) fn drop_orders(&mut self, cs: CsId) {
         let prefix = keys::server(keys::ORDER, cs);
         for (key, value) in self.kv.scan(&prefix, &keys::after(&prefix), STEP_CHUNKS) {
             self.set_order(cs, ChunkId(keys::number(&key, 5)), Some(decode_record(&value)), None);

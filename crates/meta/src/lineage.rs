@@ -127,6 +127,12 @@ impl<K: Kv> Meta<K> {
         MdsReply::CsTurnedAway { reason }
     }
 
+    /// A server begins anew with an empty store: a process that still runs with the old one is turned away, in silence.
+    pub(crate) fn forget_starts(&mut self, cs: CsId) {
+        let none = Known { generation: 0, nonce: 0, boot: 0, confirmed: true, durable: 0, reported: true };
+        self.put_record(&keys::server(keys::LINEAGE, cs), &none);
+    }
+
     /// True when a process is of the start of its server that was let in last.
     pub fn is_of_last_start(&self, cs: CsId, boot: u64) -> bool {
         self.lineage(cs).is_none_or(|known| known.boot == boot)

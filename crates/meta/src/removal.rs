@@ -1,12 +1,13 @@
-//! Removal of chunk servers: draining, dropping, and what would be lost by it.
+//! Removal of chunk servers: draining, dropping, what would be lost by it, and a new store in place of a removed one.
 
 use crate::command::Answer;
 use crate::keys;
 use crate::kv::Kv;
-use crate::record::{Chunk, Inode, Standing};
+use crate::record::{Chunk, Inode, Presence, Standing};
 use crate::state::Meta;
+use cairn_stdx::planted;
 use cairn_types::{CsId, InodeId, VolumeId, format_size};
-use cairn_wire::mds::{CsState, LostChunks, MdsError, MdsReply, ReplicaRole, Severity};
+use cairn_wire::mds::{CsState, CsStats, LostChunks, MdsError, MdsReply, ReplicaRole, Severity};
 
 /// Copies looked at for one answer.
 const EXAMINE_MAX: usize = 4096;
@@ -90,6 +91,52 @@ impl<K: Kv> Meta<K> {
         // A silent server that is drained stays inactive in name, yet its chunks count differently.
         self.sweep_start(cs);
         Ok(MdsReply::Done)
+    }
+
+    /// Gives a removed server a new, empty store.
+    pub(crate) fn cs_replace(&mut self, cs: CsId, store: [u8; 16]) -> Answer {
+        let server = self.servers.get(&cs).ok_or_else(|| MdsError::NotFound(cs.to_string()))?;
+        if !server.dropped {
+            return match server.store == store {
+                // The answer was lost.
+                true => Ok(MdsReply::CsReplaced { left: 0 }),
+                false => Err(MdsError::Refused(format!(
+                    "{cs} is of the cluster; remove it first, with `cairn rm-cs --wait {0}`, or `cairn rm-cs -f {0}` when its \
+                     disk is lost",
+                    cs.0
+                ))),
+            };
+        }
+        if let Some(other) = self.servers.iter().find_map(|(other, server)| (server.store == store).then_some(other)) {
+            return Err(MdsError::Refused(format!("this store is that of {other}; make a new one")));
+        }
+        let prefix = keys::server(keys::COPY, cs);
+        let left = self.kv.scan(&prefix, &keys::after(&prefix), EXAMINE_MAX).len() as u64;
+        if left > 0 && !planted!("replaced_store_keeps_copies") {
+            if self.kv.get(&keys::server(keys::SWEEP, cs)).is_some() {
+                return Ok(MdsReply::CsReplaced { left });
+            }
+            // What was given up with `--lose-data`: an empty store must not be taken for these copies.
+            let lost = self.all_lost(cs);
+            return Err(MdsError::Refused(format!(
+                "{} had their only copy on {cs}: {}; delete what needs them first, or join the disk as a new server with \
+                 `cairn make-cs`",
+                count_chunks(&lost),
+                name_some(&lost)
+            )));
+        }
+        self.drop_orders(cs);
+        self.forget_starts(cs);
+        let server = self.servers.get_mut(&cs).expect("looked up above");
+        let was = server.state();
+        (server.store, server.dropped, server.draining) = (store, false, false);
+        (server.failed, server.presence, server.stats) = (None, Presence::Inactive, CsStats::default());
+        self.changed();
+        self.digest(&cairn_wire::encode(&(cs, store)));
+        self.event(Severity::Info, "MDS-4012", format!("{cs} gets a new store, empty, in place of the one it had"));
+        self.topology_changed();
+        self.server_state_changed(cs, was);
+        Ok(MdsReply::CsReplaced { left: 0 })
     }
 
     /// A piece of what removing a server would mean.

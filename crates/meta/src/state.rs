@@ -234,6 +234,7 @@ impl<K: Kv> Meta<K> {
             CsRegister(server) => self.cs_register(server, None),
             CsJoin { server, lineage } => self.cs_register(server, Some(lineage)),
             CsAbandon { cs } => self.cs_abandon(cs),
+            CsReplace { cs, store } => self.cs_replace(cs, store),
             CsMark { cs, boot, durable } => self.cs_mark(cs, boot, durable),
             CsHeartbeat { cs, boot, stats, done, damaged, failed } => {
                 let beat = crate::servers::Heartbeat { boot, stats, done, damaged, failed };

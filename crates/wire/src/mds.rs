@@ -524,6 +524,14 @@ pub enum MdsRequest {
         /// The server.
         cs: CsId,
     },
+    /// A removed server gets a new, empty store and is of the cluster again, with its id; answered by
+    /// [`MdsReply::CsReplaced`].
+    CsReplace {
+        /// The server.
+        cs: CsId,
+        /// Uuid of the new store.
+        store: [u8; 16],
+    },
 }
 
 /// Answers.
@@ -679,6 +687,12 @@ pub enum MdsReply {
         drain: Option<String>,
         /// Why it cannot be dropped by force, whatever is on it, if it cannot.
         force: Option<String>,
+    },
+    /// A server has its new store.
+    CsReplaced {
+        /// It has it only when chunks name no copy of the old store any more: nobody may take the new store for one that
+        /// held them. While this is not zero, ask again.
+        left: u64,
     },
 }
 

@@ -15,6 +15,7 @@ mod nbd;
 mod old_copy;
 mod postgres;
 mod quickstart;
+mod replaced;
 mod stopped;
 mod tools;
 

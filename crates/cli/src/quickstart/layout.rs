@@ -252,6 +252,7 @@ impl Layout {
     /// Makes chunk server `n` as if it stood on a host of its own.
     pub fn make_cs(&self, n: usize, cluster: ClusterId) -> Result<()> {
         let make = MakeCs {
+            replaces: None,
             dir: self.cs_dir(n),
             cluster,
             cluster_name: self.state.cluster.clone(),

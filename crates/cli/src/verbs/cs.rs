@@ -1,6 +1,6 @@
-//! Verbs of chunk servers: `make-cs`, `rm-cs`, `cs run`.
+//! Verbs of chunk servers: `make-cs`, `rm-cs`, `replace-cs`, `cs run`.
 
-use crate::context::{Context, address};
+use crate::context::{Context, address, unexpected};
 use crate::exit::usage;
 use crate::verbs::removal;
 use anyhow::{Context as _, Result, bail};
@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// Options of `make-cs`.
+/// Where a chunk server keeps its chunks and how it serves them: `make-cs`, `replace-cs`.
 #[derive(Args, Debug)]
-pub struct MakeCsArgs {
+pub struct StoreArgs {
     /// Directory on the disk to use; created if missing.
     #[arg(short = 'r', value_name = "DIR")]
     repository: PathBuf,
@@ -22,9 +22,6 @@ pub struct MakeCsArgs {
     /// port.
     #[arg(short = 'a', value_name = "ADDR")]
     addr: Option<String>,
-    /// Tier, 0 to 3.
-    #[arg(short = 't', default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
-    tier: u8,
     /// Space to use; by default nine tenths of what is free.
     #[arg(long, value_parser = crate::size)]
     size: Option<u64>,
@@ -40,8 +37,27 @@ pub struct MakeCsArgs {
     /// Every acknowledged write is durable at once, for clients that never flush.
     #[arg(long)]
     durable_always: bool,
+}
+
+/// Options of `make-cs`.
+#[derive(Args, Debug)]
+pub struct MakeCsArgs {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Tier, 0 to 3.
+    #[arg(short = 't', default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+    tier: u8,
     #[command(flatten)]
     place: PlaceArgs,
+}
+
+/// Options of `replace-cs`.
+#[derive(Args, Debug)]
+pub struct ReplaceCsArgs {
+    /// Id of the server, as `list-services` shows it.
+    id: u32,
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 /// Where a server stands: copies are kept apart on these levels where `failure-domain` says so.
@@ -145,8 +161,25 @@ pub fn free_space(path: &Path) -> Option<u64> {
     Some(output)
 }
 
+/// Who a new store is for.
+struct Role {
+    replaces: Option<CsId>,
+    tier: u8,
+    place: Place,
+}
+
 /// Runs `make-cs`.
 pub fn make(context: &Context, args: &MakeCsArgs) -> Result<()> {
+    let mut role = Role { replaces: None, tier: args.tier, place: Place::default() };
+    args.place.apply(&mut role.place);
+    make_store(context, &args.store, role)?;
+    let dir = args.store.repository.display();
+    eprintln!("chunk server of cluster {} is made in {dir}", context.name()?);
+    eprintln!("run it with: cairn cs run -r {dir}");
+    Ok(())
+}
+
+fn make_store(context: &Context, args: &StoreArgs, role: Role) -> Result<()> {
     let name = context.name()?;
     let cluster = context.block_on(async |client| client.cluster().context("the cluster says who it is"))?;
     let addr = match &args.addr {
@@ -163,18 +196,85 @@ pub fn make(context: &Context, args: &MakeCsArgs) -> Result<()> {
         dir: args.repository.clone(),
         cluster,
         cluster_name: name.to_owned(),
+        replaces: role.replaces,
         host,
-        tier: args.tier,
+        tier: role.tier,
         size: args.size,
         device: args.device.clone(),
         fill: args.fill,
     };
-    let mut options = CsOptions { listen: addr, durable_always: args.durable_always, place: Place::default() };
-    args.place.apply(&mut options.place);
-    make_with_options(&make, &options)?;
-    eprintln!("chunk server of cluster {name} is made in {}", args.repository.display());
-    eprintln!("run it with: cairn cs run -r {}", args.repository.display());
+    make_with_options(&make, &CsOptions { listen: addr, durable_always: args.durable_always, place: role.place })
+}
+
+/// Runs `replace-cs`: a new, empty store for a server, under its id.
+///
+/// Each step may be the last one before a crash; the same command goes on from there.
+pub fn replace(context: &Context, args: &ReplaceCsArgs) -> Result<()> {
+    let (cs, dir) = (CsId(args.id), &args.store.repository);
+    let old = server(context, cs)?.with_context(|| format!("{cs} does not exist"))?;
+    let made = match cairn_cs::read_identity(dir) {
+        Ok(found) if found.cs != Some(cs) || found.cluster_name != context.name()? => {
+            bail!("{} is of another chunk server; name an empty directory on the new disk", dir.display())
+        }
+        Ok(found) => Some(found),
+        Err(_) => None,
+    };
+    // An earlier run of this command may have come to its end without being able to say so.
+    if let Some(made) = &made
+        && old.state != CsState::Dropped
+        && context.call(MdsRequest::CsReplace { cs, store: made.store }).is_ok()
+    {
+        return replaced(cs, dir);
+    }
+    // Asked first, so that what is refused leaves no directory behind.
+    let works = matches!(old.state, CsState::Active | CsState::Draining);
+    match old.state {
+        CsState::Dropped => {}
+        _ if works => {
+            eprintln!("{cs} answers: its chunks are copied to other servers first");
+            context.call(MdsRequest::CsRemove { cs, force: false, cancel: false })?;
+        }
+        _ => removal::check(context, cs)?,
+    }
+    let made = match made {
+        Some(made) => made,
+        None => {
+            let [rack, row, room, site] =
+                [&old.location.rack, &old.location.row, &old.location.room, &old.location.site].map(String::clone);
+            let place = Place { rack, row, room, site };
+            make_store(context, &args.store, Role { replaces: Some(cs), tier: old.tier, place })?;
+            cairn_cs::read_identity(dir)?
+        }
+    };
+    if works {
+        wait_until_drained(context, cs)?;
+    } else if old.state != CsState::Dropped {
+        context.call(MdsRequest::CsRemove { cs, force: true, cancel: false })?;
+    }
+    context.block_on(async |client| {
+        loop {
+            match client.call(MdsRequest::CsReplace { cs, store: made.store }).await? {
+                MdsReply::CsReplaced { left: 0 } => return Ok(()),
+                MdsReply::CsReplaced { left } => eprintln!("{left} copies of the old store are being taken out"),
+                other => return Err(unexpected(&other)),
+            }
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    })?;
+    replaced(cs, dir)
+}
+
+fn replaced(cs: CsId, dir: &Path) -> Result<()> {
+    eprintln!("{cs} has a new store in {}; chunks that lack copies are copied to it", dir.display());
+    eprintln!("run it with: cairn cs run -r {}", dir.display());
     Ok(())
+}
+
+fn server(context: &Context, cs: CsId) -> Result<Option<CsInfo>> {
+    match context.call(MdsRequest::Topology)? {
+        MdsReply::Topology { cs: servers, .. } => Ok(servers.into_iter().find(|info| info.cs == cs)),
+        other => Err(unexpected(&other)),
+    }
 }
 
 /// What `make-cs` was told that only the daemon needs: `options.json` in the repository.
@@ -259,9 +359,10 @@ pub fn remove(context: &Context, args: &RmCsArgs) -> Result<()> {
         true => MdsRequest::CsAbandon { cs },
         false => MdsRequest::CsRemove { cs, force: args.force, cancel: args.cancel },
     })?;
-    if !args.wait {
-        return Ok(());
-    }
+    if args.wait { wait_until_drained(context, cs) } else { Ok(()) }
+}
+
+fn wait_until_drained(context: &Context, cs: CsId) -> Result<()> {
     context.block_on(async |client| {
         let mut told = None;
         loop {

@@ -130,6 +130,7 @@ fn it_is_made_run_stopped_and_run_again() {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path().join("cs1");
     let make = MakeCs {
+        replaces: None,
         dir: dir.clone(),
         cluster: CLUSTER,
         cluster_name: "stor1".into(),
@@ -149,6 +150,7 @@ fn it_is_made_run_stopped_and_run_again() {
 fn an_address_in_use_is_named() {
     let scratch = tempfile::tempdir().unwrap();
     let make = MakeCs {
+        replaces: None,
         dir: scratch.path().to_owned(),
         cluster: CLUSTER,
         cluster_name: "stor1".into(),

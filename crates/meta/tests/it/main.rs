@@ -8,4 +8,5 @@ mod rebalance;
 mod recover;
 mod rename;
 mod repair;
+mod replace;
 mod support;

@@ -59,6 +59,7 @@ fn start_mds(directory: &Path, cluster: ClusterId, key: ClusterKey) -> SocketAdd
 
 fn start_cs(directory: &Path, number: u8, cluster: ClusterId, key: ClusterKey, mds: SocketAddr) {
     let make = MakeCs {
+        replaces: None,
         dir: directory.to_owned(),
         cluster,
         cluster_name: NAME.to_owned(),
