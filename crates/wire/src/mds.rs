@@ -690,8 +690,8 @@ pub enum MdsReply {
     },
     /// A server has its new store.
     CsReplaced {
-        /// It has it only when chunks name no copy of the old store any more: nobody may take the new store for one that
-        /// held them. While this is not zero, ask again.
+        /// Copies of the old store that chunks still name: nobody may take the new store for one that holds them. Ask
+        /// again while this is not zero.
         left: u64,
     },
 }
