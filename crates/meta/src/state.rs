@@ -297,17 +297,20 @@ impl<K: Kv> Meta<K> {
         self.globals.digest
     }
 
-    /// Hash over every key and value, residents included. Reads everything.
-    pub fn full_hash(&mut self) -> u64 {
-        self.checkpoint();
-        let mut hash = 0;
-        let mut from = vec![0];
+    /// Hash over every record, residents as they are now. Reads everything.
+    pub fn full_hash(&self) -> u64 {
+        let servers = self.servers.iter().map(|(cs, server)| encode_plain(&(cs, server)));
+        let sessions = self.sessions.iter().map(|(client, session)| encode_plain(&(client, session)));
+        let residents =
+            servers.chain(sessions).fold(crc64(&encode_plain(&self.globals)), |hash, record| mix(hash, crc64(&record)));
+        let is_resident = |key: &[u8]| matches!(key.first(), Some(&(keys::GLOBALS | keys::SERVER | keys::SESSION)));
+        let (mut hash, mut from) = (residents, vec![0]);
         loop {
             let page = self.kv.scan(&from, &[u8::MAX], 4096);
             let Some((last, _)) = page.last() else { return hash };
             from = last.clone();
             from.push(0);
-            for (key, value) in &page {
+            for (key, value) in page.iter().filter(|(key, _)| !is_resident(key)) {
                 hash = mix(mix(hash, crc64(key)), crc64(value));
             }
         }

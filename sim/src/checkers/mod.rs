@@ -1,4 +1,5 @@
 //! Checkers, one file per invariant or method. Checkers see everything; cores see only their events.
 
+pub mod names;
 pub mod shadow;
 pub mod zone;

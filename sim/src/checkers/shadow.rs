@@ -36,6 +36,8 @@ pub enum Invariant {
     I18,
     /// One seed, one trace.
     I20,
+    /// Names are linearizable.
+    Names,
     /// Space accounting equals a full count.
     Accounting,
     /// A core's own assertion.

@@ -2,6 +2,7 @@
 //! namespace.
 
 use super::{Answer, Scenario, TOKEN_CLIENT, Verdict, broken};
+use crate::checkers::names::{CallId, NameOp};
 use crate::checkers::shadow::{Invariant, OpId};
 use crate::stamp::Stamp;
 use crate::world::SECOND;
@@ -59,6 +60,11 @@ pub(super) enum Kind {
     },
     Unlink {
         name: String,
+    },
+    /// On a name that clients share.
+    Shared {
+        call: CallId,
+        op: NameOp,
     },
 }
 
@@ -127,7 +133,7 @@ impl Scenario {
         token
     }
 
-    fn is_idle(&self, client: usize) -> bool {
+    pub(super) fn is_idle(&self, client: usize) -> bool {
         let node = &self.cluster.world.nodes[self.cluster.clients[client].0];
         node.process.is_none() || node.paused
     }
@@ -338,6 +344,9 @@ impl Scenario {
     /// An operation ended.
     pub(super) fn on_answer(&mut self, token: u64, answer: Answer) -> Verdict {
         let Some(Pending { client, since, kind }) = self.pending.remove(&token) else { return Ok(()) };
+        if let (&Kind::Shared { call, op }, Answer::Call(result)) = (&kind, &answer) {
+            return self.on_shared_name(call, op, result.clone());
+        }
         self.loads[client].in_flight = self.loads[client].in_flight.saturating_sub(1);
         match (kind, answer) {
             (Kind::Setup, Answer::Call(result)) => {

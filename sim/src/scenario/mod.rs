@@ -9,10 +9,12 @@ mod cluster;
 mod eras;
 mod faults;
 mod load;
+mod names;
 mod plan;
 mod setup;
 mod verify;
 
+use crate::checkers::names::Names;
 use crate::checkers::shadow::{Broken, Invariant, Shadow};
 use crate::run::{Options, Outcome};
 use crate::world::{MS, SECOND};
@@ -36,10 +38,11 @@ pub(crate) type Verdict = Result<(), Box<Broken>>;
 
 /// How often the driver looks around.
 const LOOK_EVERY: u64 = 50 * MS;
-/// Driver tokens: the look, the load of one client, faults, and restorations from here on.
+/// Driver tokens: the look, faults, the load of one client, its work on shared names, and restorations from here on.
 const TOKEN_LOOK: u64 = 0;
 const TOKEN_FAULT: u64 = 1;
 const TOKEN_CLIENT: u64 = 16;
+const TOKEN_NAMES: u64 = 512;
 const TOKEN_RESTORE: u64 = 1024;
 /// Virtual time within which every operation must end once everything is healed (I17).
 const END_WITHIN: u64 = 120 * SECOND;
@@ -80,6 +83,8 @@ pub(crate) struct Scenario {
     next_token: u64,
     next_value: u64,
     next_name: u64,
+    names: Names,
+    names_rng: Rng,
     chaos: bool,
     /// Digest of the metadata state by applied index, from whichever server had it first (I11).
     digests: BTreeMap<u64, (usize, u64)>,
@@ -112,6 +117,8 @@ impl Scenario {
             next_token: 1,
             next_value: 0,
             next_name: 0,
+            names: Names::default(),
+            names_rng: rng.split(15),
             chaos: false,
             digests: BTreeMap::new(),
             replies: BTreeMap::new(),
@@ -126,6 +133,7 @@ impl Scenario {
         self.chaos = true;
         for client in 0..self.loads.len() as u64 {
             self.cluster.world.wake_driver(1 + client, TOKEN_CLIENT + client);
+            self.cluster.world.wake_driver(1 + client, TOKEN_NAMES + client);
         }
         self.cluster.world.wake_driver(SECOND, TOKEN_FAULT);
         let until = self.now() + self.plan.chaos_ns;
@@ -195,7 +203,11 @@ impl Scenario {
         match token {
             TOKEN_LOOK => self.look(),
             TOKEN_FAULT => self.next_fault(),
-            TOKEN_CLIENT..TOKEN_RESTORE => {
+            TOKEN_NAMES..TOKEN_RESTORE => {
+                self.act_on_shared_names((token - TOKEN_NAMES) as usize);
+                Ok(())
+            }
+            TOKEN_CLIENT..TOKEN_NAMES => {
                 self.act((token - TOKEN_CLIENT) as usize);
                 Ok(())
             }

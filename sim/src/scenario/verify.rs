@@ -27,8 +27,10 @@ impl Scenario {
         for volume in 0..self.volumes.len() {
             self.read_all(reader, volume)?;
         }
+        self.look_at_shared_names(reader);
         self.wait("a fresh client reads everything", super::END_WITHIN, |s| s.pending.is_empty())?;
         self.shadow.check().map_err(Box::new)?;
+        self.check_shared_names()?;
         self.cluster.world.note(format_args!("everything was read back"));
         self.shut_down(reader)?;
         self.check_converged()?;
@@ -130,6 +132,18 @@ impl Scenario {
         let states = states(self);
         if states.iter().any(|state| state != &states[0]) {
             return Err(broken(Invariant::I11, format!("(applied, digest) at rest: {states:x?}")));
+        }
+        // What came by snapshots and what was replayed are one state, and every sum and index in it is right.
+        let whole = |s: &mut Self, node| {
+            let look = |core: &mut SimMds| {
+                core.meta().check();
+                (core.applied(), core.meta().full_hash())
+            };
+            s.cluster.world.inspect::<SimMds, _>(node, look)
+        };
+        let wholes: Vec<_> = nodes.iter().map(|&node| whole(self, node)).collect();
+        if wholes.iter().any(|one| *one != wholes[0]) {
+            return Err(broken(Invariant::I11, format!("(applied, hash of all records) at rest: {wholes:x?}")));
         }
         let entries = self.map_entries(nodes[0]);
         let leader = self.leader().unwrap_or(nodes[0]);

@@ -135,7 +135,7 @@ fn mad_calls_keep_every_sum_and_index() {
 #[test]
 fn one_log_one_state() {
     for seed in 0..12 {
-        let mut first = random_world(seed, MemKv::new(), |_, _| {});
+        let first = random_world(seed, MemKv::new(), |_, _| {});
         let mut second = Meta::open(MemKv::new());
         let mut third = Meta::open(Overlay::new(MemKv::new()));
         let mut rng = Rng::new(seed ^ 0xabc);
@@ -183,7 +183,7 @@ fn one_log_one_state() {
             }
             pairs.extend(page);
         }
-        let mut copy = Meta::open(pairs.into_iter().collect::<MemKv>());
+        let copy = Meta::open(pairs.into_iter().collect::<MemKv>());
         assert_eq!(copy.full_hash(), second.full_hash());
         assert_eq!(copy.applied_index(), second.applied_index());
         copy.check();

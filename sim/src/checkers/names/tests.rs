@@ -1,0 +1,116 @@
+use super::NameOp::{Create, Lookup, Rename, Unlink};
+use super::NameResult::{Done, Exists, Inode, Missing};
+use super::*;
+use cairn_stdx::Rng;
+
+fn call(op: NameOp, begun: u64, ended: u64, result: NameResult) -> NameCall {
+    NameCall { op, begun, ended: Some((ended, result)) }
+}
+
+fn lost(op: NameOp, begun: u64) -> NameCall {
+    NameCall { op, begun, ended: None }
+}
+
+#[test]
+fn what_one_order_explains_is_accepted() {
+    // Two creations overlap, one wins; a rename overlaps a lookup that finds the old file under the new name's place.
+    let calls = [
+        call(Create(0), 0, 9, Inode(7)),
+        call(Create(0), 1, 5, Exists),
+        call(Rename(0, 1), 10, 20, Done),
+        call(Lookup(0), 11, 12, Inode(7)),
+        call(Lookup(1), 13, 14, Inode(7)),
+        call(Lookup(0), 15, 21, Missing),
+    ];
+    assert_eq!(check(&calls), Ok(()));
+    // A creation that was never answered took effect late, and its file is the same wherever it goes.
+    let calls = [
+        lost(Create(0), 0),
+        call(Lookup(0), 5, 6, Missing),
+        call(Rename(0, 2), 7, 8, Done),
+        call(Lookup(2), 9, 10, Inode(3)),
+        call(Lookup(2), 11, 12, Inode(3)),
+        call(Unlink(2), 13, 14, Done),
+        call(Lookup(0), 15, 16, Missing),
+    ];
+    assert_eq!(check(&calls), Ok(()));
+}
+
+#[test]
+fn what_no_order_explains_is_refused() {
+    let refused = |calls: &[NameCall]| assert!(check(calls).is_err(), "{calls:?}");
+    // A stale lookup.
+    refused(&[call(Create(0), 0, 1, Inode(7)), call(Unlink(0), 2, 3, Done), call(Lookup(0), 4, 5, Inode(7))]);
+    refused(&[call(Create(0), 0, 1, Inode(7)), call(Lookup(0), 2, 3, Missing)]);
+    // Executed twice: the retry of an unlink that had happened.
+    refused(&[call(Create(0), 0, 1, Inode(7)), call(Unlink(0), 2, 3, Missing)]);
+    // Two creators of one name without a removal between.
+    refused(&[call(Create(0), 0, 9, Inode(7)), call(Create(0), 1, 5, Inode(8))]);
+    // A rename that left both names.
+    refused(&[
+        call(Create(0), 0, 1, Inode(7)),
+        call(Rename(0, 1), 2, 3, Done),
+        call(Lookup(1), 4, 5, Inode(7)),
+        call(Lookup(0), 6, 7, Inode(7)),
+    ]);
+    // The number of a file that was never answered changes.
+    refused(&[lost(Create(0), 0), call(Lookup(0), 5, 6, Inode(3)), call(Lookup(0), 7, 8, Inode(4))]);
+    // What was never answered cannot have happened before it began, nor twice.
+    refused(&[call(Lookup(0), 0, 1, Inode(3)), lost(Create(0), 2)]);
+    refused(&[lost(Create(0), 0), call(Unlink(0), 1, 2, Done), call(Unlink(0), 3, 4, Done)]);
+}
+
+/// Carries calls out one after another, each at a moment between its beginning and its answer.
+fn random_history(rng: &mut Rng) -> Vec<NameCall> {
+    let mut state: [Option<u64>; NAMES] = [None; NAMES];
+    let mut calls = Vec::new();
+    for at in 1..=40u64 {
+        let (a, b) = (rng.below(NAMES as u64) as usize, rng.below(NAMES as u64) as usize);
+        let op = match rng.below(5) {
+            0 | 1 => Create(a),
+            2 => Lookup(a),
+            3 => Unlink(a),
+            _ if a != b => Rename(a, b),
+            _ => Lookup(b),
+        };
+        let result = match op {
+            Create(name) if state[name].is_some() => Exists,
+            Create(name) => Inode(*state[name].insert(at)),
+            Lookup(name) => state[name].map_or(Missing, Inode),
+            Unlink(name) => state[name].take().map_or(Missing, |_| Done),
+            Rename(from, to) => match state[from].take() {
+                None => Missing,
+                some => {
+                    state[to] = some;
+                    Done
+                }
+            },
+        };
+        let ended = (!rng.chance(1, 12)).then(|| (at * 10 + rng.below(40), result));
+        calls.push(NameCall { op, begun: at * 10 - rng.below(40).min(at * 10), ended });
+    }
+    calls
+}
+
+#[test]
+fn histories_that_happened_are_accepted_and_most_with_one_false_answer_are_not() {
+    let mut refused = 0;
+    for seed in 0..300 {
+        let mut rng = Rng::new(seed);
+        let mut calls = random_history(&mut rng);
+        assert_eq!(check(&calls), Ok(()), "seed {seed}");
+        let at = rng.below(calls.len() as u64) as usize;
+        let Some((ended, result)) = calls[at].ended else { continue };
+        let wrong = match result {
+            Inode(_) if matches!(calls[at].op, Lookup(_)) => Missing,
+            Inode(_) => Exists,
+            Done => Missing,
+            Missing if matches!(calls[at].op, Lookup(_)) => Inode(1_000_000),
+            Missing => Done,
+            Exists => Inode(1_000_001),
+        };
+        calls[at].ended = Some((ended, wrong));
+        refused += usize::from(check(&calls).is_err());
+    }
+    assert!(refused > 150, "{refused} of 300");
+}
