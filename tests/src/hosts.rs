@@ -113,10 +113,11 @@ impl Host {
         enter(self.handle.as_raw_fd())
     }
 
-    /// Breaks every TCP connection of this host, as a firewall does that forgot them.
-    pub fn reset_connections(&self) {
+    /// Breaks every TCP connection of this host, as a firewall does that forgot them; gives how many.
+    pub fn reset_connections(&self) -> usize {
         let path = process::find_tool("ss").expect("looked for before");
-        process::run(self.command(path).args(["-K", "-t", "not", "src", "127.0.0.0/8"]), TOOL_LIMIT);
+        let words = ["-K", "-H", "-t", "src", "10.77.0.0/24"];
+        process::run(self.command(path).args(words), TOOL_LIMIT).stdout.lines().count()
     }
 
     fn filter(&self, rules: &str) {

@@ -58,6 +58,8 @@ pub struct Lab {
     begun: Instant,
     /// What happened, with times.
     pub diary: Vec<String>,
+    /// What the last removal of a lost server said.
+    pub last_refusal: String,
 }
 
 impl Lab {
@@ -71,6 +73,7 @@ impl Lab {
             processes: Vec::new(),
             begun: process::now(),
             diary: Vec::new(),
+            last_refusal: String::new(),
         };
         for (host, name) in HOSTS.iter().enumerate() {
             std::fs::create_dir_all(root.join(name).join("disk"))?;
@@ -322,6 +325,33 @@ impl Lab {
         }
         store.sync_all()?;
         Ok(stamped.len())
+    }
+
+    /// The disk of a chunk server is gone, with all that was on it.
+    pub fn lose_disk(&mut self, host: usize) -> io::Result<()> {
+        self.kill(&format!("cs-{}", HOSTS[host]), false);
+        std::fs::remove_dir_all(self.dir(host, "cs"))
+    }
+
+    /// Tries to remove the lost server and to make a new one in its place, as the guide says; false until it worked.
+    pub fn replace_disk(&mut self, host: usize) -> Result<bool, String> {
+        let addr = format!("{}:3001", self.addr(host));
+        let Some(stat) = self.stat() else { return Ok(false) };
+        let lost = stat["cs"].as_array().into_iter().flatten().find(|cs| cs["addr"] == addr.as_str());
+        if let Some(id) = lost.map(|cs| cs["id"].to_string()) {
+            let outcome = self.cairn(SERVER_HOSTS, &["rm-cs", &id, "-f"]);
+            self.last_refusal = outcome.text();
+            if outcome.code != 0 {
+                return Ok(false);
+            }
+        }
+        let dir = self.dir(host, "cs");
+        let outcome = self.cairn(host, &["make-cs", "-r", &dir, "-a", &addr, "--size", CS_SIZE]);
+        if outcome.code != 0 {
+            return Err(format!("make-cs in place of a lost one: {}", outcome.text()));
+        }
+        self.start(&format!("cs-{}", HOSTS[host]));
+        Ok(true)
     }
 
     /// True when every server is there and every chunk has all its copies.

@@ -1,6 +1,7 @@
 //! Real clients: they write stamped blocks, flush, read back, and record all of it.
 
 use super::history::{BLOCK_SIZE, History};
+use super::names::Names;
 use crate::hosts::Host;
 use crate::nbd::NbdClient;
 use crate::process;
@@ -115,8 +116,25 @@ impl Gate {
         self.ended.store(true, Ordering::SeqCst);
     }
 
-    fn is_shut(&self) -> bool {
-        self.closed.load(Ordering::SeqCst) || self.ended.load(Ordering::SeqCst)
+    /// True when the workers are to end.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// True when nobody begins anything.
+    pub fn is_shut(&self) -> bool {
+        self.closed.load(Ordering::SeqCst) || self.has_ended()
+    }
+
+    /// Waits while it is closed.
+    pub fn pass(&self) {
+        if self.is_shut() {
+            self.parked.fetch_add(1, Ordering::SeqCst);
+            while self.is_shut() && !self.has_ended() {
+                process::pause();
+            }
+            self.parked.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 }
 
@@ -206,21 +224,25 @@ impl Load {
         Ok((target, incarnation))
     }
 
+    /// Sockets stay shared: they are shut down from elsewhere, and closing them waits for nobody.
+    fn keep_files_apart(&self) {
+        if matches!(self.place(), Place::File(_)) {
+            process::own_descriptors();
+        }
+    }
+
     fn block(index: u64) -> u64 {
         index / 8 * GROUP_STRIDE + index % 8
     }
 
     /// One worker: works until the gate ends it.
     pub fn work(&self, worker: usize, hosts: &[Host], gate: &Gate) {
+        self.keep_files_apart();
         let mut rng = Rng::new(self.seed).split(worker as u64 + 1);
-        while !gate.ended.load(Ordering::SeqCst) {
+        while !gate.has_ended() {
             if gate.is_shut() {
                 *self.doing[worker].lock().expect("not poisoned") = "parked".to_owned();
-                gate.parked.fetch_add(1, Ordering::SeqCst);
-                while gate.is_shut() && !gate.ended.load(Ordering::SeqCst) {
-                    process::pause();
-                }
-                gate.parked.fetch_sub(1, Ordering::SeqCst);
+                gate.pass();
                 continue;
             }
             *self.doing[worker].lock().expect("not poisoned") = "opens".to_owned();
@@ -290,6 +312,7 @@ impl Load {
 
     /// Reads every block that was ever written while nobody else works; tries again for a while when that fails.
     pub fn read_back(&self, hosts: &[Host], limit: Duration) -> Result<BTreeMap<u64, u64>, String> {
+        self.keep_files_apart();
         let begun = process::now();
         let blocks = self.history.lock().expect("not poisoned").blocks();
         let mut groups: Vec<u64> = blocks.iter().map(|block| block / GROUP_STRIDE * GROUP_STRIDE).collect();
@@ -320,6 +343,8 @@ impl Load {
 pub struct Loads {
     /// The loads.
     pub all: Vec<Arc<Load>>,
+    /// The names.
+    pub names: Names,
     /// The gate.
     pub gate: Gate,
 }
@@ -327,11 +352,23 @@ pub struct Loads {
 impl Loads {
     /// Workers of all loads.
     pub fn worker_count(&self) -> usize {
-        self.all.iter().map(|load| load.done.len()).sum()
+        self.all.iter().map(|load| load.done.len()).sum::<usize>() + 1
+    }
+
+    /// Steps done, worker by worker.
+    pub fn counters(&self) -> Vec<&AtomicU64> {
+        self.all.iter().flat_map(|load| &load.done).chain([&self.names.done]).collect()
+    }
+
+    /// What everybody does, for messages.
+    pub fn doing(&self) -> String {
+        let all: Vec<String> = self.all.iter().map(|load| load.doing()).collect();
+        format!("{}; names: {}", all.join("; "), self.names.doing.lock().expect("not poisoned"))
     }
 
     /// The first thing that is wrong.
     pub fn broken(&self) -> Option<String> {
-        self.all.iter().find_map(|load| load.broken.lock().expect("not poisoned").clone())
+        let names = self.names.broken.lock().expect("not poisoned").clone();
+        names.or_else(|| self.all.iter().find_map(|load| load.broken.lock().expect("not poisoned").clone()))
     }
 }

@@ -7,6 +7,7 @@
 pub mod history;
 pub mod lab;
 pub mod load;
+pub mod names;
 pub mod plan;
 
 use crate::process;
@@ -53,7 +54,10 @@ pub fn run(root: &Path, seed: u64, lasts: Duration) -> Result<Report, (String, V
     let file = Place::File(lab.mountpoint().join(EXPORT));
     let file = Arc::new(Load::new("file", 2, seed ^ 2, file, WORKERS));
     lab.add_front_ends(&nbd, &file);
-    let loads = Loads { all: vec![Arc::clone(&nbd), file], gate: load::Gate::default() };
+    let names_dir = lab.mountpoint().join("names");
+    std::fs::create_dir(&names_dir).map_err(|error| (format!("make a directory: {error}"), Vec::new()))?;
+    let names = names::Names::new(&names_dir);
+    let loads = Loads { all: vec![Arc::clone(&nbd), file], names, gate: load::Gate::default() };
     // The workers borrow hosts while the lab changes what runs on them.
     let hosts: Vec<crate::hosts::Host> = lab.hosts().iter().map(|host| host.again().expect("duplicate")).collect();
     let outcome = std::thread::scope(|scope| {
@@ -63,6 +67,7 @@ pub fn run(root: &Path, seed: u64, lasts: Duration) -> Result<Report, (String, V
                 scope.spawn(move || load.work(worker, hosts, gate));
             }
         }
+        scope.spawn(|| loads.names.work(&loads.gate));
         let run = std::panic::AssertUnwindSafe(|| {
             let mut run = Run {
                 lab: &mut lab,
@@ -114,6 +119,9 @@ impl Run<'_> {
             self.report.faults += round.steps.len() as u64 + u64::from(round.kill_everything);
             let number = self.report.rounds;
             self.lab.note(&format!("round {number}"));
+            if let Some(host) = round.replaces {
+                self.replaces(host)?;
+            }
             self.breaks(&round)?;
             if round.kill_everything {
                 self.everything_dies()?;
@@ -168,6 +176,37 @@ impl Run<'_> {
         Ok(())
     }
 
+    fn is_healthy(&mut self, since: Instant) -> Result<(), String> {
+        loop {
+            self.watch()?;
+            match self.lab.is_healthy() {
+                Ok(()) => return Ok(()),
+                Err(why) if since.elapsed() > HEALTH_LIMIT => {
+                    return Err(format!("I17: not healthy within {} s: {why}", HEALTH_LIMIT.as_secs()));
+                }
+                Err(_) => process::pause(),
+            }
+        }
+    }
+
+    /// A disk is lost, its server removed and made anew, while the load goes on and nothing else is wrong.
+    fn replaces(&mut self, host: usize) -> Result<(), String> {
+        self.lab.note(&format!("the disk of cs-{} is lost", lab::HOSTS[host]));
+        self.lab.lose_disk(host).map_err(|error| format!("lose a disk: {error}"))?;
+        let begun = process::now();
+        while !self.lab.replace_disk(host)? {
+            self.watch()?;
+            if begun.elapsed() > HEALTH_LIMIT {
+                return Err(format!("I17: a lost server cannot be removed: {}", self.lab.last_refusal));
+            }
+        }
+        let replaced = begun.elapsed().as_secs_f64();
+        self.is_healthy(process::now())?;
+        let healthy = begun.elapsed().as_secs_f64();
+        self.lab.note(&format!("replaced after {replaced:.1} s, all copies whole after {healthy:.1} s"));
+        Ok(())
+    }
+
     /// Nothing is cut, stopped or missing any more.
     fn mend(&mut self) {
         self.lab.network.heal();
@@ -193,6 +232,7 @@ impl Run<'_> {
             let found = self.read_back(load)?;
             load.history.lock().expect("not poisoned").died_and_found(&found)?;
         }
+        self.check_names()?;
         self.loads.gate.close(false);
         Ok(())
     }
@@ -202,16 +242,7 @@ impl Run<'_> {
         let mended = process::now();
         self.goes_on(mended)?;
         let went_on = mended.elapsed();
-        loop {
-            self.watch()?;
-            match self.lab.is_healthy() {
-                Ok(()) => break,
-                Err(why) if mended.elapsed() > HEALTH_LIMIT => {
-                    return Err(format!("I17: not healthy within {} s: {why}", HEALTH_LIMIT.as_secs()));
-                }
-                Err(_) => process::pause(),
-            }
-        }
+        self.is_healthy(mended)?;
         let healthy = mended.elapsed();
         self.park()?;
         let mut blocks = 0;
@@ -222,15 +253,18 @@ impl Run<'_> {
             history.begin_anew(&found);
             blocks += found.len();
         }
+        let names = self.check_names()?;
         self.loads.gate.close(false);
         let (went_on, healthy) = (went_on.as_secs_f64(), healthy.as_secs_f64());
-        self.lab.note(&format!("goes on after {went_on:.1} s, healthy after {healthy:.1} s; {blocks} blocks judged"));
+        self.lab.note(&format!(
+            "goes on after {went_on:.1} s, healthy after {healthy:.1} s; {blocks} blocks and {names} names judged"
+        ));
         Ok(())
     }
 
     /// Every worker does some steps.
     fn goes_on(&mut self, since: Instant) -> Result<(), String> {
-        let counters: Vec<&AtomicU64> = self.loads.all.iter().flat_map(|load| &load.done).collect();
+        let counters: Vec<&AtomicU64> = self.loads.counters();
         let wanted: Vec<u64> = counters.iter().map(|done| done.load(Ordering::SeqCst) + PROGRESS_STEPS).collect();
         while !counters.iter().zip(&wanted).all(|(done, wanted)| done.load(Ordering::SeqCst) >= *wanted) {
             self.lab.tend();
@@ -238,8 +272,8 @@ impl Run<'_> {
                 return Err(why);
             }
             if since.elapsed() > PROGRESS_LIMIT {
-                let doing: Vec<String> = self.loads.all.iter().map(|load| load.doing()).collect();
-                return Err(format!("I17: no progress within {} s: {}", PROGRESS_LIMIT.as_secs(), doing.join("; ")));
+                let doing = self.loads.doing();
+                return Err(format!("I17: no progress within {} s: {doing}", PROGRESS_LIMIT.as_secs()));
             }
             process::pause();
         }
@@ -253,12 +287,24 @@ impl Run<'_> {
         while self.loads.gate.parked() < self.loads.worker_count() {
             self.watch()?;
             if begun.elapsed() > PROGRESS_LIMIT {
-                let doing: Vec<String> = self.loads.all.iter().map(|load| load.doing()).collect();
-                return Err(format!("I17: an operation does not end: {}", doing.join("; ")));
+                return Err(format!("I17: an operation does not end: {}", self.loads.doing()));
             }
             process::pause();
         }
         Ok(())
+    }
+
+    fn check_names(&mut self) -> Result<usize, String> {
+        let names = &self.loads.names;
+        let found = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| names.check(READ_BACK_LIMIT));
+            while !reader.is_finished() {
+                self.lab.tend();
+                process::pause();
+            }
+            reader.join().expect("checking names does not panic")
+        })?;
+        self.loads.broken().map_or(Ok(found), Err)
     }
 
     /// Reads all of a load back; the servers are tended meanwhile.

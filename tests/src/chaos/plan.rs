@@ -91,6 +91,8 @@ pub struct Step {
 /// One round.
 #[derive(Clone, Debug)]
 pub struct Round {
+    /// Before anything else the disk of this host is lost and replaced.
+    pub replaces: Option<usize>,
     /// In the order of their beginning.
     pub steps: Vec<Step>,
     /// At the end everything is killed at once.
@@ -146,7 +148,8 @@ pub fn draw(rng: &mut Rng, export: &str) -> Round {
         steps.push(Step { at_ms: rng.below(BEGIN_MS_MAX), lasts_ms: duration(rng), fault });
     }
     steps.sort_by_key(|step| step.at_ms);
-    Round { steps, kill_everything: rng.chance(1, 4) }
+    let replaces = rng.chance(1, 4).then(|| rng.below(SERVER_HOSTS as u64) as usize);
+    Round { replaces, steps, kill_everything: rng.chance(1, 4) }
 }
 
 fn losses(fault: &Fault) -> Vec<Loss> {
@@ -176,7 +179,10 @@ pub fn begin(lab: &mut Lab, fault: &Fault, export: &mut String, nbd: &Arc<Load>,
     lab.network.lose(&losses(fault));
     match fault {
         Fault::Isolate { .. } | Fault::Cut { .. } | Fault::Lossy { .. } => {}
-        Fault::Reset { host } => lab.hosts()[*host].reset_connections(),
+        Fault::Reset { host } => {
+            let count = lab.hosts()[*host].reset_connections();
+            lab.note(&format!("{count} connections of host {} are broken", HOSTS[*host]));
+        }
         Fault::Stop { label } => lab.signal(label, libc::SIGSTOP),
         Fault::Kill { label } => lab.kill(label, false),
         Fault::KillHost { host } => lab.labels_on(*host).iter().for_each(|label| lab.kill(label, false)),
