@@ -134,7 +134,7 @@ impl Lab {
     }
 
     fn make_cluster(&mut self) {
-        for host in 0..HOSTS.len() {
+        for (host, name) in HOSTS.into_iter().enumerate() {
             if host > 0 {
                 self.done(host, &["auth-node", "-b", &self.addr(0)]);
             }
@@ -142,14 +142,14 @@ impl Lab {
                 let (addr, dir) = (self.addr(host), self.dir(host, "mds"));
                 let words = ["make-mds", "-a", &addr, "-r", &dir, if host == 0 { "-Ip" } else { "-p" }];
                 self.done(host, &words);
-                self.add(&format!("mds-{}", HOSTS[host]), host, &["mds", "run", "-r", &dir]);
+                self.add(&format!("mds-{name}"), host, &["mds", "run", "-r", &dir]);
                 self.wait_for("the metadata server votes", host, |stat| voters(stat) == host + 1);
             }
         }
-        for host in 0..SERVER_HOSTS {
+        for (host, name) in HOSTS.into_iter().enumerate().take(SERVER_HOSTS) {
             let (addr, dir) = (format!("{}:3001", self.addr(host)), self.dir(host, "cs"));
             self.done(host, &["make-cs", "-r", &dir, "-a", &addr, "--size", CS_SIZE]);
-            self.add(&format!("cs-{}", HOSTS[host]), host, &["cs", "run", "-r", &dir]);
+            self.add(&format!("cs-{name}"), host, &["cs", "run", "-r", &dir]);
         }
         self.wait_for("the chunk servers are active", 0, |stat| active(stat) == SERVER_HOSTS);
         // Repair and scrub quickly: the defaults are for operators who need minutes.
