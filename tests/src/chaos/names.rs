@@ -5,7 +5,7 @@
 
 use super::load::Gate;
 use crate::process;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -108,9 +108,10 @@ impl Names {
         self.call(root, &[(&new, false), (&kept, true)], ErrorKind::NotFound, |root| {
             fs::rename(root.join(&new), root.join(&kept))
         })?;
-        let mut remove = Vec::new();
+        // A set: the one just made can be among the many, too, and no name is removed twice.
+        let mut remove = BTreeSet::new();
         if number.is_multiple_of(REMOVED_ONE_IN) {
-            remove.push(kept);
+            remove.insert(kept);
         }
         let there: Vec<String> = {
             let known = self.known.lock().expect("not poisoned");
