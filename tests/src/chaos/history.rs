@@ -62,6 +62,13 @@ pub struct Counts {
     pub failed: u64,
 }
 
+impl Counts {
+    /// True when enough was done to be judged.
+    pub fn are_enough(&self) -> bool {
+        self.writes >= 100 && self.blocks_read >= 100 && self.flushes > 0
+    }
+}
+
 impl History {
     /// Nothing written yet.
     pub fn new(volume: u64) -> Self {

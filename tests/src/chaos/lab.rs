@@ -32,7 +32,8 @@ pub const EXPORT: &str = "stamped";
 const CS_SIZE: &str = "384M";
 const CHUNK_SIZE: &str = "4M";
 const PASSWORD: &str = "chaos on real hosts\n";
-const LIMIT: Duration = Duration::from_secs(60);
+/// Longest run of one verb, and time for each step of making the cluster. Only a hang takes so long.
+const LIMIT: Duration = Duration::from_secs(180);
 /// What died by itself is started again after this time.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 
@@ -63,8 +64,8 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Makes hosts and cluster in `root`.
-    pub fn new(root: &Path) -> io::Result<Self> {
+    /// Makes hosts and cluster in `root`; the disks of `failing` hosts can fail on command.
+    pub fn new(root: &Path, failing: &[usize]) -> io::Result<Self> {
         let network = Network::new(&HOSTS)?;
         let mut lab = Self {
             root: root.to_path_buf(),
@@ -77,9 +78,9 @@ impl Lab {
         };
         for (host, name) in HOSTS.iter().enumerate() {
             std::fs::create_dir_all(root.join(name).join("disk"))?;
-            if FAULT_DISK_HOSTS.contains(&host) {
-                lab.disks
-                    .insert(host, FaultDisk::mount(&root.join(name).join("below"), &root.join(name).join("disk"))?);
+            if failing.contains(&host) {
+                let disk = FaultDisk::mount(&root.join(name).join("below"), &root.join(name).join("disk"))?;
+                lab.disks.insert(host, disk);
             }
         }
         std::fs::create_dir_all(lab.mountpoint())?;
@@ -363,6 +364,20 @@ impl Lab {
             return Ok(());
         }
         Err(format!("{stat:#}"))
+    }
+
+    /// The metadata server that leads.
+    pub fn leading_mds(&self) -> Option<String> {
+        let stat = self.stat()?;
+        let leader = stat["mds"].as_array()?.iter().find(|mds| mds["leader"] == true)?;
+        let addr = leader["addr"].as_str()?.split(':').next()?;
+        let host = self.hosts().iter().find(|host| host.addr == addr)?;
+        Some(format!("mds-{}", host.name))
+    }
+
+    /// The last events of the cluster, as JSON, a line for each.
+    pub fn events(&self) -> String {
+        self.cairn(SERVER_HOSTS, &["get-event", "-o", "json"]).stdout
     }
 }
 

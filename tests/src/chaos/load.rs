@@ -2,6 +2,7 @@
 
 use super::history::{BLOCK_SIZE, History};
 use super::names::Names;
+use super::timeline::Meter;
 use crate::hosts::Host;
 use crate::nbd::NbdClient;
 use crate::process;
@@ -158,6 +159,8 @@ pub struct Load {
     pub broken: Mutex<Option<String>>,
     /// Longest time of one answered operation, in milliseconds.
     pub stall_ms_max: AtomicU64,
+    /// When this is there, all steps are writes of one block, and each is measured.
+    meter: Option<Meter>,
 }
 
 impl Load {
@@ -174,7 +177,19 @@ impl Load {
             doing: (0..workers).map(|_| Mutex::default()).collect(),
             broken: Mutex::new(None),
             stall_ms_max: AtomicU64::new(0),
+            meter: None,
         }
+    }
+
+    /// The same load with nothing but writes of one block, measured.
+    pub fn measured(mut self, meter: Meter) -> Self {
+        self.meter = Some(meter);
+        self
+    }
+
+    /// The measure of a measured load.
+    pub fn meter(&self) -> &Meter {
+        self.meter.as_ref().expect("a measured load")
     }
 
     /// The front end was started anew, perhaps elsewhere: what was under way with the one before is given up.
@@ -268,10 +283,10 @@ impl Load {
     }
 
     fn step(&self, worker: usize, target: &mut dyn Target, incarnation: u64, rng: &mut Rng) -> io::Result<()> {
-        let count = rng.range(1, 5);
+        let count = if self.meter.is_some() { 1 } else { rng.range(1, 5) };
         let index = rng.below(BLOCK_COUNT / 8) * 8 + rng.below(8 - count + 1);
         let (block, offset) = (Self::block(index), Self::block(index) * BLOCK_SIZE as u64);
-        let choice = rng.below(20);
+        let choice = if self.meter.is_some() { 1 } else { rng.below(20) };
         let say = |what: &str| {
             *self.doing[worker].lock().expect("not poisoned") = format!("{what} of blocks {block}+{count}");
         };
@@ -296,6 +311,7 @@ impl Load {
             }
         }
         self.stall_ms_max.fetch_max(begun.elapsed().as_millis() as u64, Ordering::SeqCst);
+        self.meter.iter().for_each(|meter| meter.answered(begun));
         Ok(())
     }
 

@@ -1,11 +1,12 @@
 //! Chaos over six hosts in network namespaces.
 //!
 //! A longer run, with another seed:
-//! `CAIRN_CHAOS_SECONDS=3600 CAIRN_CHAOS_SEED=7 cargo test --release -p cairn-tests chaos -- --nocapture`.
+//! `CAIRN_CHAOS_SECONDS=3600 CAIRN_CHAOS_SEED=7 cargo test --release -p cairn-tests chaos:: -- --nocapture`. Figures:
+//! `cargo test --release -p cairn-tests timelines -- --ignored --nocapture`.
 
 use crate::needs_fuse;
 use cairn_tests::cluster::scratch;
-use cairn_tests::{chaos, hosts};
+use cairn_tests::{chaos, fault_disk, hosts};
 use std::time::Duration;
 
 /// Rounds are begun for this time in CI; the last one ends about a minute later.
@@ -18,7 +19,7 @@ fn number(name: &str) -> Option<u64> {
 #[test]
 fn whatever_happens_to_six_hosts_nothing_is_lost_and_nothing_stays_stuck() {
     needs_fuse!();
-    if !hosts::available() {
+    if !fault_disk::available() || !hosts::available() {
         return;
     }
     let seed = number("CAIRN_CHAOS_SEED").unwrap_or_else(|| {
@@ -39,5 +40,20 @@ fn whatever_happens_to_six_hosts_nothing_is_lost_and_nothing_stays_stuck() {
                 kept.display()
             );
         }
+    }
+}
+
+#[test]
+#[ignore = "prints figures; takes two minutes"]
+fn what_clients_feel_of_single_faults_is_shown_as_timelines() {
+    needs_fuse!();
+    if !fault_disk::available() || !hosts::available() {
+        return;
+    }
+    let scratch = scratch();
+    let root = std::fs::canonicalize(scratch.path()).expect("the directory exists");
+    if let Err((why, diary)) = chaos::timeline::run(&root) {
+        let kept = scratch.keep();
+        panic!("{why}; what happened:\n{}\nlogs and stores: {}", diary.join("\n"), kept.display());
     }
 }
