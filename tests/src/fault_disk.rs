@@ -54,9 +54,6 @@ impl DiskFault {
     }
 }
 
-/// What the kernel calls such a disk; the id of the process that serves it follows.
-const NAME_PREFIX: &str = "fault-disk-";
-
 /// False, with a word why, where nothing can be mounted.
 pub fn available() -> bool {
     let tried = tempfile::tempdir().and_then(|dir| {
@@ -69,19 +66,6 @@ pub fn available() -> bool {
         eprintln!("skipped: nothing can be mounted here: {error}");
     }
     tried.is_ok()
-}
-
-/// A run that was killed leaves its mounts, with nobody behind them.
-fn remove_what_dead_runs_left() {
-    for line in fs::read_to_string("/proc/self/mounts").unwrap_or_default().lines() {
-        let mut words = line.split(' ');
-        let owner = words.next().and_then(|name| name.strip_prefix(NAME_PREFIX)?.parse::<u32>().ok());
-        if let (Some(owner), Some(mountpoint)) = (owner, words.next())
-            && !process::is_alive(owner)
-        {
-            process::unmount_lazily(Path::new(mountpoint));
-        }
-    }
 }
 
 struct Switch {
@@ -100,7 +84,6 @@ pub struct FaultDisk {
 impl FaultDisk {
     /// Mounts the directory `below` on `mountpoint`; both are made.
     pub fn mount(below: &Path, mountpoint: &Path) -> io::Result<Self> {
-        remove_what_dead_runs_left();
         fs::create_dir_all(below)?;
         fs::create_dir_all(mountpoint)?;
         let switch = Arc::new(Switch { fault: AtomicU8::new(0), draws: AtomicU64::new(0), refused: AtomicU64::new(0) });
@@ -112,8 +95,7 @@ impl FaultDisk {
             next: AtomicU64::new(1),
         };
         let mut config = Config::default();
-        let name = format!("{NAME_PREFIX}{}", std::process::id());
-        config.mount_options = vec![MountOption::FSName(name), MountOption::DefaultPermissions];
+        config.mount_options = vec![MountOption::FSName("fault-disk".to_owned()), MountOption::DefaultPermissions];
         config.acl = SessionACL::All;
         config.n_threads = Some(THREADS);
         let session = Session::new(passing, mountpoint, &config)?.spawn()?;

@@ -1,6 +1,7 @@
 //! A cluster over several hosts, each process in its host's namespace, tended as systemd would.
 
 use super::load::Load;
+use crate::cluster::SCRATCH_PREFIX;
 use crate::fault_disk::FaultDisk;
 use crate::hosts::{Host, Network};
 use crate::process::{self, Outcome, poll};
@@ -37,6 +38,9 @@ const LIMIT: Duration = Duration::from_secs(180);
 /// What died by itself is started again after this time.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 
+/// A file that names the process of a run, in the directory of the run.
+const OWNER: &str = "owner";
+
 /// A process the lab looks after.
 struct Process {
     label: String,
@@ -66,6 +70,8 @@ pub struct Lab {
 impl Lab {
     /// Makes hosts and cluster in `root`; the disks of `failing` hosts can fail on command.
     pub fn new(root: &Path, failing: &[usize]) -> io::Result<Self> {
+        unmount_what_dead_runs_left();
+        std::fs::write(root.join(OWNER), std::process::id().to_string())?;
         let network = Network::new(&HOSTS)?;
         let mut lab = Self {
             root: root.to_path_buf(),
@@ -378,6 +384,23 @@ impl Lab {
     /// The last events of the cluster, as JSON, a line for each.
     pub fn events(&self) -> String {
         self.cairn(SERVER_HOSTS, &["get-event", "-o", "json"]).stdout
+    }
+}
+
+/// A run that was killed leaves its mounts, with nobody behind them.
+fn unmount_what_dead_runs_left() {
+    for line in std::fs::read_to_string("/proc/self/mounts").unwrap_or_default().lines() {
+        let Some(mountpoint) = line.split(' ').nth(1).map(Path::new) else { continue };
+        // Only directories of tests are looked at: others may be mounts whose server does not answer.
+        let is_scratch = |dir: &&Path| {
+            let name = dir.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with(SCRATCH_PREFIX))
+        };
+        let Some(root) = mountpoint.ancestors().skip(1).find(is_scratch) else { continue };
+        let owner = std::fs::read_to_string(root.join(OWNER)).ok().and_then(|text| text.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !process::is_alive(pid)) {
+            process::unmount_lazily(mountpoint);
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Timelines: what clients feel of one fault at a time, printed and not judged by speed. Data is judged as ever.
 //!
 //! Single 4 KiB blocks are written through the export, 32 at a time; a client of the mount makes and removes names, one
-//! after another. A scene prints how many writes were answered in each tenth of a second, the longest time in which
-//! none was, and the longest single operation.
+//! after another. A scene prints how many of both were answered in each tenth of a second, the longest time in which
+//! none was, and the longest single operation. The command stands in `docs/performance.md`.
 
 use super::history::History;
 use super::lab::{EXPORT, Lab, NBD_PORT, SERVER_HOSTS};
@@ -43,6 +43,8 @@ struct Shown {
     tenths: Vec<usize>,
     /// Longest time without any answer.
     gap: Duration,
+    /// All times without any answer for a tenth of a second or more, together.
+    still: Duration,
     /// Longest operation that was answered.
     longest: Duration,
 }
@@ -73,14 +75,17 @@ impl Meter {
         all.sort_unstable_by_key(|(_, end)| *end);
         let mut tenths = vec![0; (to - from).as_millis().div_ceil(TENTH.as_millis()) as usize];
         let mut last = from;
-        let (mut gap, mut longest) = (Duration::ZERO, Duration::ZERO);
-        for (begin, end) in all {
-            tenths[((end - from).as_millis() / TENTH.as_millis()) as usize] += 1;
+        let (mut gap, mut still, mut longest) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+        for (_, end) in &all {
+            tenths[((*end - from).as_millis() / TENTH.as_millis()) as usize] += 1;
+        }
+        for (begin, end) in all.into_iter().chain([(to, to)]) {
             gap = gap.max(end - last);
+            still += if end - last >= TENTH { end - last } else { Duration::ZERO };
             longest = longest.max(end.saturating_sub(begin));
             last = end;
         }
-        Shown { tenths, gap: gap.max(to - last), longest }
+        Shown { tenths, gap, still, longest }
     }
 }
 
@@ -228,9 +233,10 @@ impl Scenes<'_> {
         let from = at - PRINTED_BEFORE;
         let (data, names) = (self.data.meter().show(from, to), self.names.show(from, to));
         self.lab.note(&format!(
-            "{what}: 4 KiB writes at depth {DEPTH}: none answered for {:.2} s at most, longest write {:.2} s; \
-             names: none answered for {:.2} s at most, longest call {:.2} s",
+            "{what}: 4 KiB writes at depth {DEPTH}: none answered for {:.2} s at most, {:.2} s in all, longest write \
+             {:.2} s; names: none answered for {:.2} s at most, longest call {:.2} s",
             data.gap.as_secs_f64(),
+            data.still.as_secs_f64(),
             data.longest.as_secs_f64(),
             names.gap.as_secs_f64(),
             names.longest.as_secs_f64()
