@@ -1,7 +1,8 @@
 //! Hosts as network namespaces: each with an address of its own on one bridge, and filters that lose packets.
 //!
-//! Everything lies in namespaces made for one run (`cairn<pid>-<number>-…`), the bridge too, so the machine's own network is not
-//! touched. Packets are dropped where they arrive, by nftables, so a link can be cut in one direction only.
+//! Everything lies in namespaces made for one run (`cairn<pid>-<number>-…`), the bridge too, so the machine's own
+//! network is not touched. Packets are dropped where they arrive, by nftables, so a link can be cut in one direction
+//! only.
 
 use crate::process;
 use std::collections::BTreeSet;

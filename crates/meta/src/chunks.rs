@@ -21,8 +21,8 @@ use std::collections::BTreeSet;
 pub const ALLOCATE_MAX: usize = 64;
 /// An allocation that failed is reported at most this often.
 const NO_SPACE_REPORT_NS: u64 = 60_000_000_000;
-/// A server that does not answer a client is found silent by the metadata servers, too, within this time of the client's
-/// report (which comes 0.5 s after a broken link or 3 s after the last answer; theirs after 1.5 s and 4 s).
+/// A server that does not answer a client is found silent by the metadata servers, too, within this time of the
+/// client's report (which comes 0.5 s after a broken link or 3 s after the last answer; theirs after 1.5 s and 4 s).
 const SILENCE_NOTICED_NS: u64 = 2_000_000_000;
 
 /// The one layer of a volume without snapshots: ids are shared with volumes.
