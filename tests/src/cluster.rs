@@ -18,6 +18,9 @@ const VERB_LIMIT: Duration = Duration::from_secs(60);
 /// Space of each chunk server. It is allocated at once, so it is also what a test takes from the disk, four times.
 const CS_SIZE: &str = "1536M";
 
+/// How the directories of tests begin.
+pub const SCRATCH_PREFIX: &str = "cairn-test";
+
 /// A cluster in a directory of its own. Dropping it kills what runs and takes the mounts away.
 pub struct Cluster {
     dir: PathBuf,
@@ -36,7 +39,7 @@ pub struct Cluster {
 pub fn scratch() -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let mut builder = tempfile::Builder::new();
-    builder.prefix("cairn-test").permissions(std::fs::Permissions::from_mode(0o755));
+    builder.prefix(SCRATCH_PREFIX).permissions(std::fs::Permissions::from_mode(0o755));
     match std::env::var_os("CAIRN_TEST_DIR") {
         Some(parent) => builder.tempdir_in(parent),
         None => builder.tempdir(),

@@ -4,7 +4,10 @@
 //! checkers that know what was acknowledged ([`stamped`]) or what was copied ([`tree`]). Nothing passes by waiting for
 //! a fixed time: [`process::poll`] looks for a condition until a deadline.
 
+pub mod chaos;
 pub mod cluster;
+pub mod fault_disk;
+pub mod hosts;
 pub mod nbd;
 pub mod process;
 pub mod stamped;

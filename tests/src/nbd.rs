@@ -12,6 +12,7 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 const COMMAND_READ: u16 = 0;
 const COMMAND_WRITE: u16 = 1;
 const COMMAND_FLUSH: u16 = 3;
+const FLAG_DURABLE: u16 = 1;
 const FLAGS_FIXED_NO_ZEROES: u32 = 3;
 const OPTION_EXPORT_NAME: u32 = 1;
 
@@ -47,9 +48,13 @@ impl NbdClient {
     }
 
     fn request(&mut self, command: u16, offset: u64, length: u32, payload: &[u8]) -> io::Result<()> {
+        self.request_with(0, command, offset, length, payload)
+    }
+
+    fn request_with(&mut self, flags: u16, command: u16, offset: u64, length: u32, payload: &[u8]) -> io::Result<()> {
         self.handle += 1;
         let mut message = 0x2560_9513u32.to_be_bytes().to_vec();
-        message.extend(0u16.to_be_bytes());
+        message.extend(flags.to_be_bytes());
         message.extend(command.to_be_bytes());
         message.extend(self.handle.to_be_bytes());
         message.extend(offset.to_be_bytes());
@@ -75,6 +80,16 @@ impl NbdClient {
     /// Writes at a place; durable after the next flush.
     pub fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.request(COMMAND_WRITE, offset, bytes.len() as u32, bytes)
+    }
+
+    /// Writes at a place; durable when it returns.
+    pub fn write_durable_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.request_with(FLAG_DURABLE, COMMAND_WRITE, offset, bytes.len() as u32, bytes)
+    }
+
+    /// The connection once more, to shut it down from elsewhere.
+    pub fn socket(&self) -> io::Result<TcpStream> {
+        self.stream.try_clone()
     }
 
     /// Returns when every answered write is durable.

@@ -149,6 +149,16 @@ pub fn die_with_test(command: &mut Command, number: libc::c_int) {
     }
 }
 
+/// Gives the calling thread descriptors of its own. A child is born with all of its parent's and closes them when it
+/// becomes another program; closing a file of a stopped mount waits for that mount, and the one who would wake it waits
+/// for the child.
+#[expect(unsafe_code, reason = "unshare(2)")]
+pub fn own_descriptors() {
+    // SAFETY: plain system call; nothing else uses the copied descriptors by number.
+    let outcome = unsafe { libc::unshare(libc::CLONE_FILES) };
+    assert_eq!(outcome, 0, "unshare: {}", std::io::Error::last_os_error());
+}
+
 /// Takes a mount away even when its server is dead.
 #[expect(unsafe_code, reason = "umount2(2)")]
 pub fn unmount_lazily(dir: &Path) {

@@ -21,6 +21,9 @@ use std::collections::BTreeSet;
 pub const ALLOCATE_MAX: usize = 64;
 /// An allocation that failed is reported at most this often.
 const NO_SPACE_REPORT_NS: u64 = 60_000_000_000;
+/// A server that does not answer a client is found silent by the metadata servers, too, within this time of the
+/// client's report (which comes 0.5 s after a broken link or 3 s after the last answer; theirs after 1.5 s and 4 s).
+const SILENCE_NOTICED_NS: u64 = 2_000_000_000;
 
 /// The one layer of a volume without snapshots: ids are shared with volumes.
 fn layer_of(volume: VolumeId) -> LayerId {
@@ -373,6 +376,15 @@ impl<K: Kv> Meta<K> {
         chunks.len()
     }
 
+    /// When to plan for a chunk that lost the copy of a server that does not answer its client. Such a server may count
+    /// as active a little longer; if it were given the chunk back meanwhile, every write would wait for it until the
+    /// client has reported it once more.
+    fn queued_after_failure(&self, chunk: &Chunk) -> Option<(u8, u64)> {
+        let (state, work) = self.evaluate(chunk);
+        let wait_ns = if state == ChunkState::Blocked { 0 } else { SILENCE_NOTICED_NS };
+        work.map(|priority| (priority, self.globals.clock_ns + wait_ns))
+    }
+
     pub(crate) fn replica_failed(
         &mut self,
         client: ClientId,
@@ -401,6 +413,9 @@ impl<K: Kv> Meta<K> {
             if old.replica(cs).is_some() && !old.is_last_current(cs) {
                 new.bump();
                 new.take_out(cs, false);
+                if chunks.is_empty() {
+                    new.queued = self.queued_after_failure(&new);
+                }
                 if planted!("replica_forgotten_in_version_change") && new.current() > 1 {
                     new.replicas.pop();
                 }

@@ -5,6 +5,7 @@
 //! operations of `fsx` go on. Long variants: `-- --ignored`.
 
 mod by_hand;
+mod chaos;
 mod crash;
 mod disaster;
 mod fsx;

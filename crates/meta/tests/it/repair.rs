@@ -400,6 +400,30 @@ fn a_silent_server_is_waited_for_and_an_offline_one_replaced() {
 }
 
 #[test]
+fn a_server_that_does_not_answer_a_client_gets_nothing_back_before_its_silence_is_noticed() {
+    let mut cluster = filled(4, 30);
+    let cs = *cluster.servers.keys().nth(1).unwrap();
+    let copies = |cluster: &Cluster| {
+        let entries = cluster.world.chunks(cluster.volume);
+        entries.iter().filter(|entry| entry.replicas.iter().any(|replica| replica.cs == cs)).count()
+    };
+    let before = copies(&cluster);
+    assert!(before > 10);
+    // It counts as active all the time.
+    cluster.servers.get_mut(&cs).unwrap().up = false;
+    (0..30).for_each(|index| cluster.write(index));
+    for _ in 0..19 {
+        cluster.world.tick(SECOND / 10);
+        assert_eq!(copies(&cluster), 0);
+    }
+    // It was a matter between the two: nobody found it silent.
+    cluster.servers.get_mut(&cs).unwrap().up = true;
+    cluster.heal();
+    assert_eq!(copies(&cluster), before);
+    cluster.world.meta.check();
+}
+
+#[test]
 fn a_returning_server_is_freshened_rather_than_another_filled() {
     let mut cluster = filled(5, 30);
     let cs = *cluster.servers.keys().nth(2).unwrap();
