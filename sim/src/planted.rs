@@ -73,7 +73,7 @@ pub const PLANTED: &[Planted] = &[
     bug("chunk_counts_drift", Invariant::Accounting, 400),
     bug("rename_retry_executes_again", Invariant::I18, 100),
     bug("raft_ack_before_sync", Invariant::I17, 600),
-    bug("raft_read_without_round", Invariant::Names, 400),
+    bug("raft_read_without_round", Invariant::I3, RARE),
     bug("raft_apply_before_commit", Invariant::I11, 100),
     bug("raft_snapshot_without_config", Invariant::Assertion, 100),
     with_failing_flushes(bug("raft_recovered_not_rewritten", Invariant::I17, 100)),
