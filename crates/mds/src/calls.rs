@@ -143,6 +143,13 @@ impl<B: Base> MdsCore<B> {
             return send_answer(asked, &Err(error), effects);
         }
         match &call.request {
+            &MdsRequest::MdsReport { mds, short, free } => {
+                let report = crate::room::Report { heard: now.mono, short, free };
+                if !self.room_reported(link, mds, report) {
+                    let error = MdsError::Invalid("only a metadata server reports on itself".to_owned());
+                    send_answer(asked, &Err(error), effects);
+                }
+            }
             MdsRequest::MdsStatus => send_answer(asked, &Ok(self.own_status()), effects),
             &MdsRequest::StatePage { token, page } => {
                 let answer = self.state_page(now, token, page);

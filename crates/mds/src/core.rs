@@ -7,6 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::duty::Duty;
 use crate::group::Group;
 use crate::image::Images;
+use crate::room::Rooms;
 use cairn_consensus::{Committed, CommittedKind, Consensus, Output};
 use cairn_meta::Overlay;
 use cairn_meta::{Command, Meta, MetaEffect};
@@ -55,6 +56,7 @@ pub struct MdsCore<B: Base> {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) images: Images,
     pub(crate) backups: Backups,
+    pub(crate) rooms: Rooms,
     pub(crate) leading: bool,
     /// Last log index applied here, whatever kind of entry it was.
     pub(crate) applied: u64,
@@ -76,6 +78,7 @@ impl<B: Base> MdsCore<B> {
             checkpoint: Checkpoint::default(),
             images: Images::default(),
             backups: Backups::default(),
+            rooms: Rooms::default(),
             leading: false,
             applied,
             rng,
@@ -241,6 +244,7 @@ impl<B: Base> MdsCore<B> {
         if leading {
             effects.log.push(format!("leads the metadata servers from term {}", self.consensus.status().term));
             self.begin_duty(now);
+            self.rooms.begin_to_lead();
         } else {
             effects.log.push("no longer leads the metadata servers".to_owned());
             self.calls.lost_leadership(effects);
@@ -290,6 +294,7 @@ impl<B: Base> MdsCore<B> {
             self.backups.look(now.mono);
             self.look_at_checkpoint(effects);
             self.look_at_images(effects);
+            self.look_at_room(now, effects);
             if self.leading {
                 self.look_at_duties(now, effects);
             }

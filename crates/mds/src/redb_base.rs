@@ -5,8 +5,9 @@
 //! `incoming` and is swapped in by renaming the table.
 
 use crate::base::{Base, BaseError, Changes, ImageMark, ImageReader, Pairs};
+use crate::image_file::{Backend, Blocks, ImageFile, RealBlocks, Room};
 use cairn_meta::BaseKv;
-use redb::{Database, ReadOnlyTable, ReadableDatabase, TableDefinition};
+use redb::{Database, ReadOnlyTable, ReadTransaction, ReadableDatabase, TableDefinition, TableError};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -21,15 +22,21 @@ type StateTable = ReadOnlyTable<&'static [u8], &'static [u8]>;
 
 enum Job {
     Flush(ImageMark, Changes),
-    ClearIncoming,
-    Install(Pairs, Option<ImageMark>),
+    /// Pairs, the mark of a complete image, and whether these pairs are the first.
+    Install(Pairs, Option<ImageMark>, bool),
 }
 
 /// The image in a redb file.
 pub struct RedbBase {
     database: Arc<Database>,
+    /// The last transaction, as readers see it. Kept, because beginning another one could wait for the writer.
+    shown: ReadTransaction,
     table: StateTable,
     mark: ImageMark,
+    /// The next pairs of an installation are its first.
+    installs_anew: bool,
+    file: Arc<ImageFile>,
+    keeper: Option<std::thread::JoinHandle<()>>,
     /// None only while being dropped.
     jobs: Option<Sender<Job>>,
     writer: Option<std::thread::JoinHandle<()>>,
@@ -37,7 +44,7 @@ pub struct RedbBase {
 }
 
 fn wrong(error: impl std::fmt::Display) -> BaseError {
-    BaseError(error.to_string())
+    BaseError { what: error.to_string(), no_room: false }
 }
 
 fn encode_mark(mark: &ImageMark) -> Vec<u8> {
@@ -57,20 +64,26 @@ fn decode_mark(bytes: &[u8]) -> Result<ImageMark, BaseError> {
 }
 
 impl RedbBase {
-    /// Opens the image at `path`, or creates an empty one.
+    /// Opens the image at `path`, or creates an empty one. Without room it fails, until [`RedbBase::wait_for_room`].
     ///
     /// # Errors
     /// [`BaseError`] when the file cannot be read, is no image, or another process has it open.
     pub fn open(path: &Path) -> Result<Self, BaseError> {
-        let database = redb::Builder::new()
-            .set_cache_size(CACHE_BYTES)
-            .create(path)
-            .map_err(|error| BaseError(format!("{}: {error}", path.display())))?;
+        Self::open_on(path, Box::new(RealBlocks))
+    }
+
+    /// As [`RedbBase::open`], with the blocks of the file from elsewhere.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_on(path: &Path, blocks: Box<dyn Blocks>) -> Result<Self, BaseError> {
+        let named = |error: &dyn std::fmt::Display| wrong(format!("{}: {error}", path.display()));
+        let file = ImageFile::open(path, blocks).map_err(|error| named(&error))?;
+        let database = Self::open_database(&file).map_err(|error| {
+            let no_room = file.was_refused();
+            BaseError { no_room, ..named(&error.what) }
+        })?;
         let database = Arc::new(database);
-        let txn = database.begin_write().map_err(wrong)?;
-        txn.open_table(STATE).map_err(wrong)?;
-        txn.open_table(MARK).map_err(wrong)?;
-        txn.commit().map_err(wrong)?;
         let (jobs, job_queue) = channel();
         let (outcome_queue, outcomes) = channel();
         let shared = database.clone();
@@ -84,8 +97,38 @@ impl RedbBase {
                 }
             })
             .map_err(wrong)?;
-        let (table, mark) = read_state(&database)?;
-        Ok(Self { database, table, mark, jobs: Some(jobs), writer: Some(writer), outcomes })
+        let (shown, table, mark) = read_state(&database)?;
+        let (jobs, writer) = (Some(jobs), Some(writer));
+        Ok(Self { database, shown, table, mark, installs_anew: false, file, keeper: None, jobs, writer, outcomes })
+    }
+
+    fn open_database(file: &Arc<ImageFile>) -> Result<Database, BaseError> {
+        let mut builder = redb::Builder::new();
+        let database =
+            builder.set_cache_size(CACHE_BYTES).create_with_backend(Backend(Arc::clone(file))).map_err(wrong)?;
+        let shown = database.begin_read().map_err(wrong)?;
+        let whole = match (shown.open_table(STATE), shown.open_table(MARK)) {
+            (Ok(_), Ok(_)) => true,
+            (Err(TableError::TableDoesNotExist(_)), _) | (_, Err(TableError::TableDoesNotExist(_))) => false,
+            (Err(error), _) | (_, Err(error)) => return Err(wrong(error)),
+        };
+        drop(shown);
+        if !whole {
+            let txn = database.begin_write().map_err(wrong)?;
+            txn.open_table(STATE).map_err(wrong)?;
+            txn.open_table(MARK).map_err(wrong)?;
+            txn.commit().map_err(wrong)?;
+        }
+        Ok(database)
+    }
+
+    /// From now on what finds no room waits for it, and a reserve is kept beside the image.
+    ///
+    /// # Errors
+    /// [`BaseError`] when the file of the reserve cannot be opened.
+    pub fn wait_for_room(mut self) -> Result<Self, BaseError> {
+        self.keeper = Some(self.file.become_patient().map_err(|error| wrong(format!("the reserve: {error}")))?);
+        Ok(self)
     }
 
     fn submit(&self, job: Job) {
@@ -96,26 +139,31 @@ impl RedbBase {
 
 impl Drop for RedbBase {
     fn drop(&mut self) {
-        // The writer ends what it is at and lets go of the file, so that it can be opened again.
+        // The writer ends what it is at, unless that waits for room, and lets go of the file, so that it can be opened
+        // again.
+        self.file.close_now();
         self.jobs = None;
-        if let Some(writer) = self.writer.take() {
-            let _ = writer.join();
+        for thread in [self.writer.take(), self.keeper.take()].into_iter().flatten() {
+            let _ = thread.join();
         }
     }
 }
 
-fn read_state(database: &Database) -> Result<(StateTable, ImageMark), BaseError> {
+fn read_state(database: &Database) -> Result<(ReadTransaction, StateTable, ImageMark), BaseError> {
     let txn = database.begin_read().map_err(wrong)?;
     let marks = txn.open_table(MARK).map_err(wrong)?;
     let mark = match marks.get("mark").map_err(wrong)? {
         Some(bytes) => decode_mark(bytes.value())?,
         None => ImageMark::default(),
     };
-    Ok((txn.open_table(STATE).map_err(wrong)?, mark))
+    let table = txn.open_table(STATE).map_err(wrong)?;
+    Ok((txn, table, mark))
 }
 
 fn run(database: &Database, job: Job) -> Result<(), BaseError> {
-    let txn = database.begin_write().map_err(wrong)?;
+    let mut txn = database.begin_write().map_err(wrong)?;
+    // A write may wait for room for hours. Until all pages are there, nothing on the disk shall name them.
+    txn.set_two_phase_commit(true);
     match job {
         Job::Flush(mark, changes) => {
             let mut state = txn.open_table(STATE).map_err(wrong)?;
@@ -129,10 +177,10 @@ fn run(database: &Database, job: Job) -> Result<(), BaseError> {
             let mut marks = txn.open_table(MARK).map_err(wrong)?;
             marks.insert("mark", encode_mark(&mark).as_slice()).map_err(wrong)?;
         }
-        Job::ClearIncoming => {
-            txn.delete_table(INCOMING).map_err(wrong)?;
-        }
-        Job::Install(pairs, mark) => {
+        Job::Install(pairs, mark, first) => {
+            if first {
+                txn.delete_table(INCOMING).map_err(wrong)?;
+            }
             let mut incoming = txn.open_table(INCOMING).map_err(wrong)?;
             for (key, value) in &pairs {
                 incoming.insert(key.as_slice(), value.as_slice()).map_err(wrong)?;
@@ -180,29 +228,31 @@ impl Base for RedbBase {
     }
 
     fn begin_install(&mut self) {
-        self.submit(Job::ClearIncoming);
-        // Its outcome is awaited here and not polled: dropping a table of leftovers is quick and rare.
-        if let Ok(Err(error)) = self.outcomes.recv() {
-            panic!("{error}");
-        }
+        self.installs_anew = true;
     }
 
     fn install(&mut self, pairs: Pairs, mark: Option<ImageMark>) {
-        self.submit(Job::Install(pairs, mark));
+        let first = std::mem::take(&mut self.installs_anew);
+        self.submit(Job::Install(pairs, mark, first));
     }
 
     fn poll(&mut self) -> Option<Result<(), BaseError>> {
         let outcome = self.outcomes.try_recv().ok()?;
         let refreshed = outcome.and_then(|()| read_state(&self.database));
-        Some(refreshed.map(|(table, mark)| {
+        Some(refreshed.map(|(shown, table, mark)| {
+            self.shown = shown;
             self.table = table;
             self.mark = mark;
         }))
     }
 
+    fn room(&self) -> Room {
+        self.file.room()
+    }
+
     fn reader(&self) -> Box<dyn ImageReader> {
-        let (table, mark) = read_state(&self.database).expect("the metadata image can be read");
-        Box::new(RedbReader { table, mark, after: None })
+        let table = self.shown.open_table(STATE).expect("the metadata image can be read");
+        Box::new(RedbReader { table, mark: self.mark.clone(), after: None })
     }
 }
 

@@ -32,7 +32,10 @@ pub enum RunError {
     Repository(#[from] RepositoryError),
     /// The image.
     #[error("{0}; this server's state is lost: remove the server from the cluster and make a new one")]
-    Image(#[from] BaseError),
+    Image(BaseError),
+    /// The disk of the image is full.
+    #[error("{0}; nothing is lost: make room on the disk of {dir} and start this server again", dir = .1.display())]
+    NoRoom(BaseError, PathBuf),
     /// The log file.
     #[error("open the metadata log: {0}")]
     Log(#[from] OpenDiskError),
@@ -61,7 +64,11 @@ pub fn run(config: RunConfig) -> Result<(), RunError> {
     let identity = repository.identity.clone();
     let addr = identity.addr;
     let listener = TcpListener::bind(addr).map_err(|source| RunError::Listen { addr, source })?;
-    let base = RedbBase::open(&config.dir.join("image.redb"))?;
+    let image = RedbBase::open(&config.dir.join("image.redb")).and_then(RedbBase::wait_for_room);
+    let base = image.map_err(|error| match error.no_room {
+        true => RunError::NoRoom(error, config.dir.clone()),
+        false => RunError::Image(error),
+    })?;
     let options = DiskOptions { write_through: true, ..DiskOptions::default() };
     let log = Disk::open_file(config.dir.join("log"), options)?;
     let id = MdsId(identity.id);

@@ -532,6 +532,15 @@ pub enum MdsRequest {
         /// Uuid of the new store.
         store: [u8; 16],
     },
+    /// A metadata server tells the leader, every second, how much room the disk of its repository has. Not answered.
+    MdsReport {
+        /// The server.
+        mds: MdsId,
+        /// Little room is left, or none.
+        short: bool,
+        /// Bytes free on the disk.
+        free: u64,
+    },
 }
 
 /// Answers.

@@ -6,7 +6,7 @@ use cairn_consensus::{Consensus, Initial, Member};
 use cairn_cs::{CsConfig, CsCore};
 use cairn_env::DiskOp;
 use cairn_env_sim::SimDisk;
-use cairn_mds::{MdsConfig, MdsCore, MemBase};
+use cairn_mds::{MdsConfig, MdsCore, MemBase, Room};
 use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
 use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
@@ -150,6 +150,11 @@ impl Cluster {
             let core: SimMds = MdsCore::new(mds.config.clone(), mds.base.reopen(), rng);
             self.world.start(mds.node, Box::new(core));
         }
+    }
+
+    /// The disk of a metadata server's image gets full, or has room again.
+    pub fn set_mds_room(&self, index: usize, room: Room) {
+        self.mds[index].base.set_room(room);
     }
 
     /// Makes a chunk server on a host of its own.
