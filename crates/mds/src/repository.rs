@@ -4,6 +4,7 @@
 //! DIR/mds.json     identity: cluster, name, id, address, servers known at creation; written last, atomically
 //! DIR/log          the Raft log, preallocated            docs/formats/raft-log.md
 //! DIR/image.redb   the durable metadata image            docs/formats/metadata.md
+//! DIR/image.reserve  blocks for the image when the disk is full; may be deleted while the server is stopped
 //! DIR/lock         locked while a process uses the directory
 //! ```
 

@@ -179,3 +179,46 @@ impl<B: Base> MdsCore<B> {
         let _ = self.consensus.transfer_leader(next);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Looks at a follower every second and gives what is said of it.
+    fn judged(looks: &[(u64, u64, bool, bool)]) -> Vec<MdsLag> {
+        let mut rooms = Rooms::default();
+        let mut lag = MdsLag::None;
+        let mut judge = |(second, &(matched, lacks, active, in_snapshot)): (usize, &(u64, u64, bool, bool))| {
+            let peer = PeerStatus { id: MdsId(2), matched, lag: lacks, active, in_snapshot };
+            (lag, _) = rooms.lag(&peer, Instant(second as u64 * 1_000_000_000), lag);
+            lag
+        };
+        looks.iter().enumerate().map(&mut judge).collect()
+    }
+
+    #[test]
+    fn what_a_follower_does_is_judged_with_patience() {
+        use MdsLag::{Behind, None, Resync, Silent};
+        // A burst is no lag; one that lasts is, until it has nearly caught up.
+        let (burst, lags) = ((10, 5000, true, false), |matched| (matched, 1001, true, false));
+        let looks =
+            [burst, (5010, 0, true, false), lags(6000), lags(7000), lags(8000), lags(9000), (9500, 900, true, false)];
+        let (mut looks, mut expected) = (looks.to_vec(), vec![None, None, None, None, Behind, Behind, Behind]);
+        looks.push((9900, 256, true, false));
+        expected.push(None);
+        assert_eq!(judged(&looks), expected);
+        // Nothing accepted for ten seconds, then what it lacks is gone from the log, then the image has come.
+        let mut looks = vec![(50, 10, false, false); 12];
+        looks.extend([
+            (50, 9000, true, true),
+            (50, 9100, true, true),
+            (9000, 300, true, false),
+            (9300, 0, true, false),
+        ]);
+        let mut expected = vec![None; 10];
+        expected.extend([Silent, Silent, Resync, Resync, Resync, None]);
+        assert_eq!(judged(&looks), expected);
+        // One that is idle beside an idle leader is well, however long.
+        assert_eq!(judged(&[(7, 0, true, false); 60]), [None; 60]);
+    }
+}
