@@ -298,7 +298,7 @@ pub fn requests() -> Named<MdsRequest> {
         ("mds_add", MdsAdd { addr: addr(7002), repository: "/m2".into(), nonce: 5 }),
         ("mds_remove", MdsRemove { mds: MdsId(2) }),
         ("mds_status", MdsStatus),
-        ("mds_report", MdsReport { mds: MdsId(2), short: true, free: 1 << 20 }),
+        ("mds_report", MdsReport { mds: MdsId(2), short: true, free: 1 << 20, state_wanted: 9 }),
         ("kv_get", KvGet { key: b"key".to_vec() }),
         ("kv_put", KvPut { key: b"key".to_vec(), value: b"value".to_vec(), expected: Some(1) }),
         ("kv_delete", KvDelete { key: b"key".to_vec(), expected: None }),

@@ -35,6 +35,17 @@ pub struct BaseError {
     pub what: String,
     /// Only room is missing: the image is whole.
     pub no_room: bool,
+    /// What is stored is not what was written: only another image helps.
+    pub damaged: bool,
+}
+
+/// The image was found damaged in the middle of something. It unwinds out of the core, whose state is of no use from
+/// then on; the shell catches it, puts the image aside and starts anew without one.
+pub struct ImageDamaged(pub String);
+
+/// Gives the image up.
+pub(crate) fn give_up(error: BaseError) -> ! {
+    std::panic::resume_unwind(Box::new(ImageDamaged(error.what)))
 }
 
 /// The durable image. One flush or one installation is under way at a time.
@@ -91,6 +102,11 @@ impl MemBase {
     /// The same durable content for the next start of the process; what was under way is lost.
     pub fn reopen(&self) -> MemBase {
         MemBase { durable: self.durable.clone(), room: self.room.clone(), ..MemBase::default() }
+    }
+
+    /// Its content is gone.
+    pub fn lose(&self) {
+        *self.durable.borrow_mut() = MemImage::default();
     }
 
     /// How much room its "disk" has from now on. While writes wait, no flush and no installation ends.

@@ -52,6 +52,7 @@ impl<B: Base> MdsCore<B> {
                     self.meta.kv_mut().flushed();
                     self.consensus.compact(index.saturating_sub(LOG_TAIL_ENTRIES).max(self.log_floor(index)));
                 }
+                Some(Err(error)) if error.damaged => crate::base::give_up(error),
                 Some(Err(error)) => {
                     effects.fatal = Some(format!("{error}; this server cannot keep its state and stops"));
                     return;

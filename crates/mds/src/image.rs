@@ -51,6 +51,11 @@ pub(crate) struct Images {
 }
 
 impl Images {
+    /// True while an image is on its way to a server.
+    pub fn is_sending(&self, to: MdsId) -> bool {
+        self.sending.contains_key(&to)
+    }
+
     pub fn installing(&self) -> bool {
         self.receiving.is_some()
     }
@@ -92,6 +97,7 @@ impl<B: Base> MdsCore<B> {
         while !sending.finished && sending.sent < sending.acknowledged + WINDOW {
             let pairs = match sending.reader.next_pairs(PIECE_BYTES) {
                 Ok(pairs) => pairs,
+                Err(error) if error.damaged => crate::base::give_up(error),
                 Err(error) => {
                     effects.log.push(format!("streaming the state to {to} failed: {error}"));
                     self.images.broken.push(to);
@@ -231,6 +237,7 @@ impl<B: Base> MdsCore<B> {
             let link = receiving.link;
             match self.meta.kv_mut().base_mut().poll() {
                 None => return,
+                Some(Err(error)) if error.damaged => crate::base::give_up(error),
                 Some(Err(error)) => {
                     effects.fatal = Some(format!("{error}; this server cannot install the state and stops"));
                     return;
@@ -250,6 +257,7 @@ impl<B: Base> MdsCore<B> {
             Ok(()) => {
                 self.meta.reload();
                 self.applied = receiving.meta.index;
+                self.state_lost = false;
                 effects.log.push(format!("the state at {} is installed", receiving.meta.index));
                 self.refresh_group();
             }

@@ -4,7 +4,7 @@
 
 use crate::base::{Base, Room};
 use crate::core::MdsCore;
-use cairn_consensus::{PeerStatus, Status};
+use cairn_consensus::{PeerStatus, SnapshotWanted, Status};
 use cairn_meta::Command;
 use cairn_types::{ClientId, Duration, Instant, MdsId, NodeId, format_size};
 use cairn_wire::mds::{Call, MdsCondition, MdsLag, MdsRequest};
@@ -32,6 +32,8 @@ pub(crate) struct Report {
     pub heard: Instant,
     pub short: bool,
     pub free: u64,
+    /// It lacks its state and wants one that contains this index.
+    pub state_wanted: u64,
 }
 
 /// How a server follows.
@@ -113,16 +115,21 @@ impl<B: Base> MdsCore<B> {
         let leader = self.consensus.status().leader;
         let Some(link) = leader.and_then(|leader| self.group.link(leader)) else { return };
         let Room { short, free, .. } = self.rooms.own;
-        let request = MdsRequest::MdsReport { mds: self.config.id, short, free };
+        let state_wanted = if self.state_lost { self.consensus.status().base + 1 } else { 0 };
+        let request = MdsRequest::MdsReport { mds: self.config.id, short, free, state_wanted };
         let call = Call { session: ClientId(0), sequence: 0, acknowledged: 0, wall_ns: 0, request };
         effects.send(link, FrameKind::MdsCall, 0, cairn_wire::encode(&call));
     }
 
-    /// A server told about its disk; false when it is not who it says.
-    pub(crate) fn room_reported(&mut self, link: LinkId, mds: MdsId, report: Report) -> bool {
+    /// A server told how it is; false when it is not who it says.
+    pub(crate) fn room_reported(&mut self, link: LinkId, mds: MdsId, report: Report, effects: &mut Effects) -> bool {
         let is_itself = self.calls.peer(link) == Some(NodeId::Mds(mds));
         if is_itself {
             self.rooms.reports.insert(mds, report);
+            // Consensus does not know of it: its log is whole.
+            if self.leading && report.state_wanted > 0 && !self.images.is_sending(mds) {
+                self.image_wanted(&SnapshotWanted { to: mds, index_min: report.state_wanted }, effects);
+            }
         }
         is_itself
     }
@@ -151,6 +158,9 @@ impl<B: Base> MdsCore<B> {
             if let Some(peer) = status.peers.iter().find(|peer| peer.id == mds) {
                 (condition.lag, silent) = self.rooms.lag(peer, now.mono, known.lag);
                 lacks = peer.lag;
+            }
+            if self.rooms.report(mds, now.mono).is_some_and(|report| report.state_wanted > 0) {
+                condition.lag = MdsLag::Resync;
             }
             if condition != known {
                 let (silent_s, wall_ns) = (silent.as_secs(), now.wall_ns);

@@ -112,7 +112,9 @@ impl<K: Kv> Meta<K> {
                 MdsLag::Resync => (
                     Severity::Error,
                     "MDS-1034",
-                    format!("{who} is outdated: what it lacks is gone from the log; it gets the whole state anew"),
+                    format!(
+                        "{who} is outdated: what it lacks is gone from the log, or its image is; it gets the whole state anew"
+                    ),
                 ),
                 MdsLag::None => (Severity::Info, "MDS-1035", format!("{who} has caught up")),
             };

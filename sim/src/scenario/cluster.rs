@@ -152,6 +152,11 @@ impl Cluster {
         }
     }
 
+    /// The image of a metadata server that does not run is lost; its log is not.
+    pub fn lose_mds_image(&self, index: usize) {
+        self.mds[index].base.lose();
+    }
+
     /// The disk of a metadata server's image gets full, or has room again.
     pub fn set_mds_room(&self, index: usize, room: Room) {
         self.mds[index].base.set_room(room);

@@ -1,6 +1,6 @@
 //! Faults: what breaks, for how long. What that allows to be lost is in `super::eras`.
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, SimMds};
 use super::plan::{FaultKind, SEEDS_ISLAND, SEEDS_OF};
 use super::{Scenario, TOKEN_FAULT, TOKEN_RESTORE, Verdict};
 use crate::stamp::Stamp;
@@ -122,6 +122,7 @@ impl Scenario {
                 self.cut_mds(index);
             }
             FaultKind::FullMds => self.fill_mds(),
+            FaultKind::LoseImage => self.lose_image(),
             FaultKind::Partition | FaultKind::OneWay => self.partition(&nodes, kind == FaultKind::OneWay),
             FaultKind::Reset => {
                 let a = *self.faults.rng.choose(&nodes).expect("nodes");
@@ -159,6 +160,23 @@ impl Scenario {
             FaultKind::OldCopy => self.use_old_copy()?,
         }
         Ok(())
+    }
+
+    /// A metadata server ends, and its image is lost: one at a time, while all others have theirs.
+    fn lose_image(&mut self) {
+        let nodes: Vec<NodeIndex> = self.cluster.mds.iter().map(|mds| mds.node).collect();
+        let is_whole = |core: &mut SimMds| !core.consensus().status().state_lost && core.applied() > 0;
+        let world = &mut self.cluster.world;
+        let whole = nodes.iter().filter(|node| world.inspect(**node, is_whole) == Some(true)).count();
+        if nodes.len() < 3 || whole < nodes.len() {
+            return;
+        }
+        let index = self.faults.rng.below(nodes.len() as u64) as usize;
+        self.learn_sets();
+        self.cluster.world.note(format_args!("metadata server {index} loses its image"));
+        self.cluster.world.kill(nodes[index]);
+        self.cluster.lose_mds_image(index);
+        self.later(Restore::StartMds(index));
     }
 
     /// The disks of one metadata server, some, or all get full: what they flush may still find room in a reserve, or not.

@@ -34,6 +34,8 @@ pub(super) enum FaultKind {
     OldCopy,
     /// The disks of metadata servers get full, for a while.
     FullMds,
+    /// A metadata server is killed and its image is gone when it starts again.
+    LoseImage,
 }
 
 /// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, or old copies of
@@ -44,7 +46,7 @@ pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
 pub(crate) const SEEDS_FLUSH_FAILS: u64 = 10;
 pub(crate) const SEEDS_OLD_COPY: u64 = 7;
-/// Among the others, seeds with this remainder have metadata servers whose disks get full.
+/// Among the others, seeds with this remainder have metadata servers whose disks get full, or that lose their image.
 pub(crate) const SEEDS_FULL_MDS_OF: u64 = 17;
 pub(crate) const SEEDS_FULL_MDS: u64 = 5;
 
@@ -157,7 +159,7 @@ impl Plan {
                 }
                 _ if seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS => {
                     plan.faults.truncate(2);
-                    plan.faults.extend([FaultKind::FullMds, FaultKind::KillMds]);
+                    plan.faults.extend([FaultKind::FullMds, FaultKind::KillMds, FaultKind::LoseImage]);
                     plan.shape.checkpoint_bytes = 16 << 10;
                 }
                 _ => {}

@@ -5,7 +5,6 @@ use crate::base::{Base, Changes, ImageMark};
 use crate::redb_base::RedbBase;
 use cairn_meta::BaseKv;
 use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
 
 /// A disk of a given size that holds an image and its reserve. Pieces of the image, once given, stay.
 struct Disk {
