@@ -10,28 +10,13 @@ use crate::kv::Kv;
 use crate::state::Meta;
 use cairn_stdx::planted;
 use cairn_types::{MdsId, format_size};
-use cairn_wire::mds::{MdsCondition, MdsError, MdsLag, MdsRequest, Severity};
+use cairn_wire::mds::{MdsCondition, MdsError, MdsLag, MdsReply, MdsRequest, Severity};
 
 /// Figures for the event about a change.
 pub(crate) struct Figures {
     pub free: u64,
     pub lacks: u64,
     pub silent_s: u64,
-}
-
-/// True when carrying the request out makes the metadata larger, lastingly and without bound.
-fn grows(request: &MdsRequest) -> bool {
-    use MdsRequest::*;
-    matches!(
-        request,
-        Create { .. }
-            | Symlink { .. }
-            | Link { .. }
-            | SetXattr { .. }
-            | VolumeCreate { .. }
-            | ChunkAllocate { .. }
-            | KvPut { .. }
-    )
 }
 
 impl<K: Kv> Meta<K> {
@@ -62,9 +47,25 @@ impl<K: Kv> Meta<K> {
         }
     }
 
+    /// True when carrying the request out makes the metadata larger, lastingly and without bound. What exists already is
+    /// answered as ever.
+    fn grows(&self, request: &MdsRequest) -> bool {
+        use MdsRequest::*;
+        match request {
+            Create { parent, name, .. } | Symlink { parent, name, .. } | Link { parent, name, .. } => {
+                self.lookup(*parent, name).is_err()
+            }
+            VolumeCreate { name, .. } => self.volume_get(name).is_err(),
+            ChunkAllocate { volume, indexes, .. } => indexes.iter().any(|index| self.chunk(*volume, *index).is_none()),
+            KvPut { key, .. } => self.user_get(key) == MdsReply::Kv { value: None },
+            SetXattr { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The refusal of a request that needs room there is not.
     pub(crate) fn refuse_without_room(&self, request: &MdsRequest) -> Option<MdsError> {
-        if !grows(request) || !self.lacks_room() || planted!("metadata_grow_without_room") {
+        if !self.lacks_room() || !self.grows(request) || planted!("metadata_grow_without_room") {
             return None;
         }
         let full: Vec<String> = self.ailing.iter().filter(|(_, c)| c.no_room).map(|(mds, _)| mds.to_string()).collect();

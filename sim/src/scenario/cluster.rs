@@ -152,9 +152,14 @@ impl Cluster {
         }
     }
 
-    /// The image of a metadata server that does not run is lost; its log is not.
-    pub fn lose_mds_image(&self, index: usize) {
-        self.mds[index].base.lose();
+    /// A metadata server is killed, and its image is lost; its log is not. Its shell has written down who the others are.
+    pub fn lose_mds_image(&mut self, index: usize) {
+        let node = self.mds[index].node;
+        let members = self.world.inspect::<SimMds, _>(node, |core| core.meta().members().collect::<Vec<MdsInfo>>());
+        self.world.kill(node);
+        let mds = &mut self.mds[index];
+        mds.base.lose();
+        mds.config.servers = members.filter(|members| !members.is_empty()).unwrap_or(mds.config.servers.clone());
     }
 
     /// The disk of a metadata server's image gets full, or has room again.

@@ -174,7 +174,6 @@ impl Scenario {
         let index = self.faults.rng.below(nodes.len() as u64) as usize;
         self.learn_sets();
         self.cluster.world.note(format_args!("metadata server {index} loses its image"));
-        self.cluster.world.kill(nodes[index]);
         self.cluster.lose_mds_image(index);
         self.later(Restore::StartMds(index));
     }

@@ -51,6 +51,7 @@ pub fn what_adds_to_the_metadata_is_refused_while_too_few_servers_have_room() {
     let other = world.session();
     let put = world.envelope(other, key);
     assert!(matches!(world.send(put.clone()), Err(MdsError::NoSpace(_))));
+    assert!(matches!(make(&mut world, "before"), Err(MdsError::Posix(17))), "what exists is said to exist");
     // What was answered before stays answered, what frees room and what keeps the cluster alive goes on.
     let unlink = MdsRequest::Unlink { parent: InodeId::ROOT, name: b"before".to_vec() };
     world.call(session, unlink).unwrap();
