@@ -78,10 +78,6 @@ pub const PLANTED: &[Planted] = &[
         seeds: (SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF),
         ..bug("mds_declined_image_never_asked_again", Invariant::I17, 400)
     },
-    Planted {
-        seeds: (SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF),
-        ..bug("raft_campaign_without_state", Invariant::Assertion, 400)
-    },
     bug("raft_ack_before_sync", Invariant::I17, 600),
     bug("raft_apply_before_commit", Invariant::I11, 100),
     bug("raft_snapshot_without_config", Invariant::Assertion, 100),
