@@ -92,8 +92,8 @@ impl Node {
         known.is_some_and(|instance| instance != self.identity.instance) && !planted!("raft_vote_after_amnesia")
     }
 
-    /// True when this node may stand for election: all it holds is durable, its log is the one the group admitted, and it
-    /// can apply what it would commit.
+    /// True when this node may stand for election: all it holds is durable, its log is the one the group admitted, and
+    /// it can apply what it would commit.
     pub fn may_campaign(&self) -> bool {
         let log = &self.raw.raft.raft_log;
         log.persisted == log.last_index()

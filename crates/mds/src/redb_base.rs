@@ -1,9 +1,9 @@
 //! The durable image in a redb file, written by one thread of its own so that the reactor never waits for it.
 //!
-//! redb compares the checksums of its pages after a crash only, and trusts what it reads. So each value here ends with a
-//! checksum of key and value (CRC-32C), and what redb says or does on bytes that are not its own is contained: an error
-//! of it, a panic of it, a value that is not what was written, or keys out of order mean that the image is damaged. It
-//! is given up then ([`ImageDamaged`]), and its server starts anew without one.
+//! redb compares the checksums of its pages after a crash only, and trusts what it reads. So each value here ends with
+//! a checksum of key and value (CRC-32C), and what redb says or does on bytes that are not its own is contained: an
+//! error of it, a panic of it, a value that is not what was written, or keys out of order mean that the image is
+//! damaged. It is given up then ([`ImageDamaged`]), and its server starts anew without one.
 //!
 //! Reads go to a read transaction of the last flush: pages come from redb's cache or the page cache. Two tables:
 //! `state` with the pairs, `mark` with the [`ImageMark`]; both change in one transaction. An installation fills

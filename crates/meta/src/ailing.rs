@@ -47,8 +47,8 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// True when carrying the request out makes the metadata larger, lastingly and without bound. What exists already is
-    /// answered as ever.
+    /// True when carrying the request out makes the metadata larger, lastingly and without bound. What exists already
+    /// is answered as ever.
     fn grows(&self, request: &MdsRequest) -> bool {
         use MdsRequest::*;
         match request {

@@ -152,7 +152,8 @@ impl Cluster {
         }
     }
 
-    /// A metadata server is killed, and its image is lost; its log is not. Its shell has written down who the others are.
+    /// A metadata server is killed, and its image is lost; its log is not. Its shell has written down who the others
+    /// are.
     pub fn lose_mds_image(&mut self, index: usize) {
         let node = self.mds[index].node;
         let members = self.world.inspect::<SimMds, _>(node, |core| core.meta().members().collect::<Vec<MdsInfo>>());

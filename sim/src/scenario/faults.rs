@@ -178,7 +178,8 @@ impl Scenario {
         self.later(Restore::StartMds(index));
     }
 
-    /// The disks of one metadata server, some, or all get full: what they flush may still find room in a reserve, or not.
+    /// The disks of one metadata server, some, or all get full: what they flush may still find room in a reserve, or
+    /// not.
     fn fill_mds(&mut self) {
         let mut all: Vec<usize> = (0..self.cluster.mds.len()).collect();
         self.faults.rng.shuffle(&mut all);

@@ -1,4 +1,5 @@
-//! Metadata servers whose disks are full, or whose images rot: nothing stops, nothing acknowledged is lost, and all is well again by itself.
+//! Metadata servers whose disks are full, or whose images rot: nothing stops, nothing acknowledged is lost, and all is
+//! well again by itself.
 
 use crate::{needs, needs_fuse};
 use cairn_tests::cluster::Cluster;
