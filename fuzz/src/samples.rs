@@ -298,6 +298,7 @@ pub fn requests() -> Named<MdsRequest> {
         ("mds_add", MdsAdd { addr: addr(7002), repository: "/m2".into(), nonce: 5 }),
         ("mds_remove", MdsRemove { mds: MdsId(2) }),
         ("mds_status", MdsStatus),
+        ("mds_report", MdsReport { mds: MdsId(2), short: true, free: 1 << 20, state_wanted: 9 }),
         ("kv_get", KvGet { key: b"key".to_vec() }),
         ("kv_put", KvPut { key: b"key".to_vec(), value: b"value".to_vec(), expected: Some(1) }),
         ("kv_delete", KvDelete { key: b"key".to_vec(), expected: None }),
@@ -347,6 +348,7 @@ pub fn replies() -> Named<Result<MdsReply, MdsError>> {
         mds_silent: vec![MdsId(2)],
         cs: vec![cs_info(1025)],
         clients: vec![SessionInfo { client: ClientId(5), host_name: "h".into(), purpose: "mount".into(), leases: 1 }],
+        mds_ill: vec![(MdsId(2), MdsCondition { no_room: true, lag: MdsLag::Behind })],
     };
     let event = ClusterEvent {
         number: 1,

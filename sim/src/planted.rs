@@ -3,7 +3,9 @@
 
 use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
-use crate::scenario::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY};
+use crate::scenario::{
+    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY,
+};
 use cairn_stdx::{Rng, planted};
 
 /// A planted bug that this world can reach.
@@ -72,6 +74,10 @@ pub const PLANTED: &[Planted] = &[
     with_old_copies(bug("old_copy_judged_by_starts_only", Invariant::I3, 100)),
     bug("chunk_counts_drift", Invariant::Accounting, 400),
     bug("rename_retry_executes_again", Invariant::I18, 100),
+    Planted {
+        seeds: (SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF),
+        ..bug("mds_declined_image_never_asked_again", Invariant::I17, 400)
+    },
     bug("raft_ack_before_sync", Invariant::I17, 600),
     bug("raft_read_without_round", Invariant::I3, RARE),
     bug("raft_apply_before_commit", Invariant::I11, 100),

@@ -130,10 +130,12 @@ pub fn signal(pid: u32, number: libc::c_int) {
     unsafe { libc::kill(pid as libc::pid_t, number) };
 }
 
-/// True while the process exists and has not ended.
+/// True while the process exists and has not ended. One of its threads may outlive the first in a system call, and its
+/// files and sockets with it.
 pub fn is_alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])))
+    let ended = |stat: String| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']));
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !ended(stat) || threads() > 1)
 }
 
 /// The kernel sends the child `number` when the test ends without having stopped it.

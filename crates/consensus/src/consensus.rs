@@ -22,11 +22,19 @@ pub struct Consensus {
     state: State,
 }
 
+/// Where the state machine stands when the log opens.
+#[derive(Clone, Copy)]
+pub(crate) enum Applied {
+    At(u64),
+    /// It has nothing: where the log does not begin with the first entry, it must get an image before anything else.
+    Nothing,
+}
+
 enum State {
     New,
     Reading {
         reader: Reader,
-        applied: u64,
+        applied: Applied,
         nonce: u64,
     },
     /// Makes what was read durable: the newest group is written again, then all is flushed (`flushing`).
@@ -35,7 +43,7 @@ enum State {
         wal: Wal,
         flushing: bool,
         io: IoId,
-        applied: u64,
+        applied: Applied,
         nonce: u64,
     },
     Open(Box<Node>),
@@ -58,6 +66,17 @@ impl Consensus {
     /// Begins to read the log; `Output::opened` tells the end. `applied` is the index up to which the state machine is
     /// durable; entries after it are emitted again.
     pub fn start(&mut self, now: Instant, applied: u64, rng: &mut Rng, out: &mut Output) {
+        self.begin(now, Applied::At(applied), rng, out);
+    }
+
+    /// As [`start`](Self::start) with a state machine that has nothing, which is well for a new log. A log that was
+    /// compacted lacks what made its state: the node then votes and acknowledges with its log as ever, which is whole,
+    /// but emits nothing and stands for no election until an image was installed (`Status::state_lost`).
+    pub fn start_without_state(&mut self, now: Instant, rng: &mut Rng, out: &mut Output) {
+        self.begin(now, Applied::Nothing, rng, out);
+    }
+
+    fn begin(&mut self, now: Instant, applied: Applied, rng: &mut Rng, out: &mut Output) {
         assert!(matches!(self.state, State::New), "a node starts once");
         let _ = now;
         let mut reader = Reader::new(&self.config);

@@ -52,8 +52,10 @@ pub(crate) struct Node {
     pub emitted: u64,
     /// What the shell reported as applied; the library is told when its own bounds allow.
     pub applied_goal: u64,
-    /// Committed entries that wait for the end of an installation.
+    /// Committed entries that wait for the end of an installation, or for one to begin.
     pub waiting: VecDeque<Entry>,
+    /// The state machine has nothing, and the log does not begin with the first entry.
+    pub state_lost: bool,
     pub role: RoleChange,
 }
 
@@ -90,10 +92,14 @@ impl Node {
         known.is_some_and(|instance| instance != self.identity.instance) && !planted!("raft_vote_after_amnesia")
     }
 
-    /// True when this node may stand for election: all it holds is durable, and its log is the one the group admitted.
+    /// True when this node may stand for election: all it holds is durable, its log is the one the group admitted, and
+    /// it can apply what it would commit.
     pub fn may_campaign(&self) -> bool {
         let log = &self.raw.raft.raft_log;
-        log.persisted == log.last_index() && log.applied >= log.store.base().0 && !self.impostor()
+        log.persisted == log.last_index()
+            && log.applied >= log.store.base().0
+            && !self.impostor()
+            && (!self.state_lost || planted!("raft_campaign_without_state"))
     }
 
     pub fn tick(&mut self, config: &Config, rng: &mut Rng, out: &mut Output) {
@@ -309,7 +315,7 @@ impl Node {
     }
 
     pub fn emit_or_wait(&mut self, entry: Entry, out: &mut Output) {
-        if self.install.is_some() {
+        if self.install.is_some() || self.state_lost {
             self.waiting.push_back(entry);
         } else {
             self.emit(entry, out);

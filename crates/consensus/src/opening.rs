@@ -1,6 +1,7 @@
 //! From a recovered log to an open node, and the picture of an open node.
 
 use crate::config::Config;
+use crate::consensus::Applied;
 use crate::error::OpenError;
 use crate::members::Change;
 use crate::node::Node;
@@ -18,12 +19,16 @@ impl Node {
         config: &Config,
         found: Recovered,
         mut wal: Wal,
-        applied: u64,
+        applied: Applied,
         nonce: u64,
         now: Instant,
         out: &mut Output,
     ) -> Result<Node, OpenError> {
         let Recovered { identity, mut store, intent, cut_bytes, .. } = found;
+        let (mut applied, has_nothing) = match applied {
+            Applied::At(index) => (index, false),
+            Applied::Nothing => (0, true),
+        };
         if let Some(meta) = intent {
             // The image of an announced installation is in place exactly when the state machine stands at its index.
             if applied == meta.index && store.term_at(meta.index) != Some(meta.term) {
@@ -34,6 +39,11 @@ impl Node {
             wal.intent_dirty = true;
         }
         let (base, last) = (store.base().0, store.last());
+        let state_lost = has_nothing && base > 0;
+        if state_lost {
+            // Up to its base a log is committed. What comes after waits for the image.
+            applied = base;
+        }
         if applied < base {
             return Err(OpenError::StateBehindLog { applied, base });
         }
@@ -90,6 +100,7 @@ impl Node {
             emitted: applied,
             applied_goal: applied,
             waiting: VecDeque::new(),
+            state_lost,
             role,
         })
     }
@@ -136,6 +147,7 @@ impl Node {
             used_bytes: self.wal.used(),
             members: store.members().clone(),
             impostor: self.impostor(),
+            state_lost: self.state_lost,
             peers,
         }
     }

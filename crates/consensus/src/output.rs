@@ -152,6 +152,8 @@ pub struct Status {
     pub members: Members,
     /// True when the group knows this id under another instance: this log was wiped and must never vote.
     pub impostor: bool,
+    /// True when the state machine lacks what made its state: it needs an image, which must contain more than `base`.
+    pub state_lost: bool,
     /// Progress of the others; only a leader knows it.
     pub peers: Vec<PeerStatus>,
 }

@@ -124,6 +124,9 @@ impl Consensus {
             && node.install.take().is_some()
         {
             node.wal.intent_dirty = true;
+            if node.state_lost {
+                return;
+            }
             for entry in std::mem::take(&mut node.waiting) {
                 node.emit(entry, out);
             }
@@ -158,7 +161,7 @@ impl Node {
                 self.raw.raft.raft_log.match_term(meta.index, meta.term) || meta.index <= self.raw.store().base().0;
             assert!(held, "I11: the image at {} is not in a log that should contain it", meta.index);
         }
-        self.install = None;
+        (self.install, self.state_lost) = (None, false);
         for entry in std::mem::take(&mut self.waiting) {
             self.emit(entry, out);
         }

@@ -26,4 +26,4 @@ mod sys;
 pub use disk::{Disk, DiskOptions, OpenDiskError};
 pub use offline::OfflineDisk;
 pub use reactor::{Identity, Reactor, ReactorConfig, ReactorOptions, Stats, Stopped, block_on_local};
-pub use sys::{free_bytes, random_bytes};
+pub use sys::{free_bytes, random_bytes, reserve_range};

@@ -175,6 +175,14 @@ pub fn allocate(file: &File, size: u64) -> io::Result<()> {
     fallocate_mode(file, 0, 0, size)
 }
 
+/// Reserves the blocks of a range of a file, whose length stays: a write there needs no further room.
+///
+/// # Errors
+/// `StorageFull` or `QuotaExceeded` without room, `Unsupported` where the file system cannot reserve.
+pub fn reserve_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    fallocate_mode(file, libc::FALLOC_FL_KEEP_SIZE, offset, len)
+}
+
 /// Bytes an unprivileged process may still allocate on the file system of `path`.
 ///
 /// # Errors

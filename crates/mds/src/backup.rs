@@ -73,7 +73,10 @@ impl<B: Base> MdsCore<B> {
         let pairs = match known {
             Some(pairs) => pairs,
             None if page == next => {
-                let pairs = reader.next_pairs(PAGE_BYTES).map_err(|error| MdsError::Refused(error.to_string()))?;
+                let pairs = reader.next_pairs(PAGE_BYTES).map_err(|error| match error.damaged {
+                    true => crate::base::give_up(error),
+                    false => MdsError::Refused(error.to_string()),
+                })?;
                 backup.last = Some((page, pairs.clone()));
                 pairs
             }

@@ -6,6 +6,7 @@
 //! to the mark may go. In production the image is a redb file written by a thread of its own; the simulator keeps it in
 //! memory.
 
+pub use crate::image_file::Room;
 use cairn_meta::BaseKv;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,8 +29,24 @@ pub struct ImageMark {
 
 /// An image that cannot be read or written. The server stops: its state is the log's and the other servers' now.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("metadata image: {0}")]
-pub struct BaseError(pub String);
+#[error("metadata image: {what}")]
+pub struct BaseError {
+    /// What is wrong.
+    pub what: String,
+    /// Only room is missing: the image is whole.
+    pub no_room: bool,
+    /// What is stored is not what was written: only another image helps.
+    pub damaged: bool,
+}
+
+/// The image was found damaged in the middle of something. It unwinds out of the core, whose state is of no use from
+/// then on; the shell catches it, puts the image aside and starts anew without one.
+pub struct ImageDamaged(pub String);
+
+/// Gives the image up.
+pub(crate) fn give_up(error: BaseError) -> ! {
+    std::panic::resume_unwind(Box::new(ImageDamaged(error.what)))
+}
 
 /// The durable image. One flush or one installation is under way at a time.
 pub trait Base: BaseKv {
@@ -47,6 +64,9 @@ pub trait Base: BaseKv {
 
     /// The outcome of the last `begin_flush` or `install`, once it is there.
     fn poll(&mut self) -> Option<Result<(), BaseError>>;
+
+    /// How much room the disk of the image has.
+    fn room(&self) -> Room;
 
     /// A reader of the durable image as it is now, unmoved by later flushes.
     fn reader(&self) -> Box<dyn ImageReader>;
@@ -68,6 +88,7 @@ pub struct MemBase {
     pending: Option<(ImageMark, Changes)>,
     installing: BTreeMap<Vec<u8>, Vec<u8>>,
     installed: Option<Option<ImageMark>>,
+    room: std::rc::Rc<std::cell::Cell<Room>>,
 }
 
 /// The content that survives.
@@ -80,7 +101,17 @@ struct MemImage {
 impl MemBase {
     /// The same durable content for the next start of the process; what was under way is lost.
     pub fn reopen(&self) -> MemBase {
-        MemBase { durable: self.durable.clone(), ..MemBase::default() }
+        MemBase { durable: self.durable.clone(), room: self.room.clone(), ..MemBase::default() }
+    }
+
+    /// Its content is gone.
+    pub fn lose(&self) {
+        *self.durable.borrow_mut() = MemImage::default();
+    }
+
+    /// How much room its "disk" has from now on. While writes wait, no flush and no installation ends.
+    pub fn set_room(&self, room: Room) {
+        self.room.set(room);
     }
 }
 
@@ -114,7 +145,14 @@ impl Base for MemBase {
         self.installed = Some(mark);
     }
 
+    fn room(&self) -> Room {
+        self.room.get()
+    }
+
     fn poll(&mut self) -> Option<Result<(), BaseError>> {
+        if self.room.get().waits {
+            return None;
+        }
         if let Some(mark) = self.installed.take() {
             if let Some(mark) = mark {
                 let pairs = Arc::new(std::mem::take(&mut self.installing));

@@ -143,6 +143,13 @@ impl<B: Base> MdsCore<B> {
             return send_answer(asked, &Err(error), effects);
         }
         match &call.request {
+            &MdsRequest::MdsReport { mds, short, free, state_wanted } => {
+                let report = crate::room::Report { heard: now.mono, short, free, state_wanted };
+                if !self.room_reported(link, mds, report, effects) {
+                    let error = MdsError::Invalid("only a metadata server reports on itself".to_owned());
+                    send_answer(asked, &Err(error), effects);
+                }
+            }
             MdsRequest::MdsStatus => send_answer(asked, &Ok(self.own_status()), effects),
             &MdsRequest::StatePage { token, page } => {
                 let answer = self.state_page(now, token, page);
@@ -153,6 +160,10 @@ impl<B: Base> MdsCore<B> {
                 send_answer(asked, &answer, effects);
             }
             MdsRequest::CsHeartbeat { .. } if self.leading => self.heartbeat(now, asked, call, effects),
+            request if request.is_read() && self.state_lost => {
+                let error = MdsError::Unavailable("this metadata server waits for its state".to_owned());
+                send_answer(asked, &Err(error), effects);
+            }
             request if request.is_read() => {
                 let token = self.calls.next_token();
                 self.calls.reads.insert(token, (asked, call.request));

@@ -9,6 +9,9 @@ use cairn_wire::Effects;
 /// Entries kept in the log behind the image, so that a server that was away for a moment needs no whole image.
 const LOG_TAIL_ENTRIES: u64 = 4096;
 
+/// Memtable size that starts a checkpoint where room is short: small ones find it in what earlier ones left free.
+const SHORT_OF_ROOM_BYTES: usize = 256 << 10;
+
 /// The checkpoint under way.
 #[derive(Default)]
 pub(crate) struct Checkpoint {
@@ -49,6 +52,7 @@ impl<B: Base> MdsCore<B> {
                     self.meta.kv_mut().flushed();
                     self.consensus.compact(index.saturating_sub(LOG_TAIL_ENTRIES).max(self.log_floor(index)));
                 }
+                Some(Err(error)) if error.damaged => crate::base::give_up(error),
                 Some(Err(error)) => {
                     effects.fatal = Some(format!("{error}; this server cannot keep its state and stops"));
                     return;
@@ -63,7 +67,9 @@ impl<B: Base> MdsCore<B> {
         let changed = self.meta.kv().active_bytes();
         let index = self.meta.kv().base().mark().index;
         let wanted = self.backups.wants_checkpoint(index) || self.images.wants_checkpoint(index);
-        if !(wanted || changed > 0 && (log_full || changed > self.config.checkpoint_bytes)) {
+        let short = self.meta.kv().base().room().short;
+        let bytes_max = self.config.checkpoint_bytes.min(if short { SHORT_OF_ROOM_BYTES } else { usize::MAX });
+        if !(wanted || changed > 0 && (log_full || changed > bytes_max)) {
             return;
         }
         let Some(meta) = self.consensus.snapshot_meta(self.applied) else { return };

@@ -7,6 +7,7 @@ use crate::checkpoint::Checkpoint;
 use crate::duty::Duty;
 use crate::group::Group;
 use crate::image::Images;
+use crate::room::Rooms;
 use cairn_consensus::{Committed, CommittedKind, Consensus, Output};
 use cairn_meta::Overlay;
 use cairn_meta::{Command, Meta, MetaEffect};
@@ -55,7 +56,10 @@ pub struct MdsCore<B: Base> {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) images: Images,
     pub(crate) backups: Backups,
+    pub(crate) rooms: Rooms,
     pub(crate) leading: bool,
+    /// The log goes on after what the lost state contained: another server must give the state.
+    pub(crate) state_lost: bool,
     /// Last log index applied here, whatever kind of entry it was.
     pub(crate) applied: u64,
     rng: Rng,
@@ -76,7 +80,9 @@ impl<B: Base> MdsCore<B> {
             checkpoint: Checkpoint::default(),
             images: Images::default(),
             backups: Backups::default(),
+            rooms: Rooms::default(),
             leading: false,
+            state_lost: false,
             applied,
             rng,
             out: Output::default(),
@@ -192,9 +198,30 @@ impl<B: Base> MdsCore<B> {
                     "log opened{cut}: term {}, entries {} to {}, state at {}",
                     report.term, report.base, report.last, self.applied
                 ));
+                self.look_for_state(effects);
             }
             Err(error) => effects.fatal = Some(format!("metadata log: {error}")),
         }
+    }
+
+    /// A server whose log was compacted and that has no image gets its state from another one, if there is another.
+    fn look_for_state(&mut self, effects: &mut Effects) {
+        let status = self.consensus.status();
+        self.state_lost = status.state_lost;
+        if !self.state_lost {
+            return;
+        }
+        if status.members.voters.keys().all(|mds| *mds == self.config.id) {
+            effects.fatal = Some(format!(
+                "the metadata image in {} is lost or damaged, and no other metadata server has the state: restore it with \
+                 `cairn recover-metadata`, from the newest backup if there is one (guide: disaster.md); keep the directory",
+                self.config.repository
+            ));
+            return;
+        }
+        let text =
+            "the state of this server is lost, its log and its votes are whole: the leader is asked for the state";
+        effects.log.push(text.to_owned());
     }
 
     fn apply(&mut self, now: Now, committed: Committed, effects: &mut Effects) {
@@ -241,6 +268,7 @@ impl<B: Base> MdsCore<B> {
         if leading {
             effects.log.push(format!("leads the metadata servers from term {}", self.consensus.status().term));
             self.begin_duty(now);
+            self.rooms.begin_to_lead();
         } else {
             effects.log.push("no longer leads the metadata servers".to_owned());
             self.calls.lost_leadership(effects);
@@ -290,6 +318,7 @@ impl<B: Base> MdsCore<B> {
             self.backups.look(now.mono);
             self.look_at_checkpoint(effects);
             self.look_at_images(effects);
+            self.look_at_room(now, effects);
             if self.leading {
                 self.look_at_duties(now, effects);
             }
@@ -301,7 +330,10 @@ impl<B: Base> Process for MdsCore<B> {
     fn step(&mut self, now: Now, event: Event, effects: &mut Effects) {
         match event {
             Event::Start => {
-                self.consensus.start(now.mono, self.applied, &mut self.rng, &mut self.out);
+                match self.applied {
+                    0 => self.consensus.start_without_state(now.mono, &mut self.rng, &mut self.out),
+                    applied => self.consensus.start(now.mono, applied, &mut self.rng, &mut self.out),
+                }
                 self.refresh_group();
             }
             Event::Disk(_, done) => self.consensus.disk_done(now.mono, done, &mut self.out),
@@ -319,3 +351,6 @@ impl<B: Base> Process for MdsCore<B> {
         effects.wake_at(self.consensus.next_tick().map_or(duty, |tick| tick.min(duty)));
     }
 }
+
+#[cfg(test)]
+mod tests;

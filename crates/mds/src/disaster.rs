@@ -76,7 +76,8 @@ pub fn read(dir: &Path, scratch: &Path) -> Result<(Identity, u64, Pairs), Disast
     let repository = Repository::open(dir)?;
     let identity = repository.identity.clone();
     let copy = scratch.join(format!(".image-of-a-survivor.{}", std::process::id()));
-    let state = read_copied(dir, &identity, &copy);
+    let state =
+        crate::redb_base::contain(|| read_copied(dir, &identity, &copy)).unwrap_or_else(|error| Err(error.into()));
     let _ = std::fs::remove_file(&copy);
     let (term, pairs) = state?;
     Ok((identity, term, pairs))
@@ -126,6 +127,10 @@ fn read_copied(dir: &Path, identity: &Identity, copy: &Path) -> Result<(u64, Pai
         core.step(now, Event::Turn, &mut effects);
     }
     let status = core.consensus().status();
+    if status.state_lost {
+        let text = "the metadata image is lost or damaged, and the log alone is not enough; read another survivor, or a backup";
+        return Err(DisasterError::Log(text.to_owned()));
+    }
     if core.applied() < status.committed {
         let (applied, committed) = (core.applied(), status.committed);
         return Err(DisasterError::Log(format!("the log ends at {applied} and {committed} was committed")));

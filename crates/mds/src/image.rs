@@ -46,9 +46,16 @@ pub(crate) struct Images {
     broken: Vec<MdsId>,
     /// A server waits for an image that stands at least here.
     wanted: u64,
+    /// Who offered an image at a moment when it could not be taken.
+    declined: Option<LinkId>,
 }
 
 impl Images {
+    /// True while an image is on its way to a server.
+    pub fn is_sending(&self, to: MdsId) -> bool {
+        self.sending.contains_key(&to)
+    }
+
     pub fn installing(&self) -> bool {
         self.receiving.is_some()
     }
@@ -60,6 +67,7 @@ impl Images {
 
     pub fn link_down(&mut self, link: LinkId) {
         self.broken.extend(self.sending.iter().filter(|(_, s)| s.link == link).map(|(id, _)| *id));
+        self.declined.take_if(|declined| *declined == link);
         // A receiver whose sender vanished waits for the next offer, which starts from the beginning.
         if let Some(receiving) = self.receiving.as_mut().filter(|r| r.link == link) {
             receiving.waiting.clear();
@@ -89,6 +97,7 @@ impl<B: Base> MdsCore<B> {
         while !sending.finished && sending.sent < sending.acknowledged + WINDOW {
             let pairs = match sending.reader.next_pairs(PIECE_BYTES) {
                 Ok(pairs) => pairs,
+                Err(error) if error.damaged => crate::base::give_up(error),
                 Err(error) => {
                     effects.log.push(format!("streaming the state to {to} failed: {error}"));
                     self.images.broken.push(to);
@@ -155,10 +164,13 @@ impl<B: Base> MdsCore<B> {
             return;
         };
         let meta = SnapshotMeta { index: piece.index, term: piece.term, members };
-        // An image being written to the base cannot be taken back: the offer is repeated later.
-        if self.images.receiving.as_ref().is_some_and(|r| r.writing.is_some()) || self.meta.kv_mut().is_flushing() {
+        // What is being written to the base cannot be taken back, and without room it takes as long as that lasts: the
+        // offer is repeated when the link is closed, afterwards.
+        if self.base_is_busy() {
+            self.images.declined = Some(link);
             return;
         }
+        self.images.declined = None;
         if self.images.receiving.take().is_some() {
             self.consensus.abandon_snapshot(&mut self.out);
         }
@@ -200,12 +212,23 @@ impl<B: Base> MdsCore<B> {
         self.meta.kv_mut().base_mut().install(piece.pairs, mark);
     }
 
+    fn base_is_busy(&self) -> bool {
+        self.images.receiving.as_ref().is_some_and(|r| r.writing.is_some()) || self.meta.kv().is_flushing()
+    }
+
     /// Goes on with images under way: pieces written, senders gone.
     pub(crate) fn look_at_images(&mut self, effects: &mut Effects) {
         for to in std::mem::take(&mut self.images.broken) {
             if self.images.sending.remove(&to).is_some() {
                 self.consensus.snapshot_sent(to, false);
             }
+        }
+        if !self.base_is_busy()
+            && !cairn_stdx::planted!("mds_declined_image_never_asked_again")
+            && let Some(link) = self.images.declined.take()
+        {
+            effects.log.push("can take a state image now: asks for the offer again".to_owned());
+            self.close(link, effects);
         }
         loop {
             self.write_piece(Now { mono: cairn_types::Instant(0), wall_ns: 0 }, effects);
@@ -214,6 +237,7 @@ impl<B: Base> MdsCore<B> {
             let link = receiving.link;
             match self.meta.kv_mut().base_mut().poll() {
                 None => return,
+                Some(Err(error)) if error.damaged => crate::base::give_up(error),
                 Some(Err(error)) => {
                     effects.fatal = Some(format!("{error}; this server cannot install the state and stops"));
                     return;
@@ -233,6 +257,7 @@ impl<B: Base> MdsCore<B> {
             Ok(()) => {
                 self.meta.reload();
                 self.applied = receiving.meta.index;
+                self.state_lost = false;
                 effects.log.push(format!("the state at {} is installed", receiving.meta.index));
                 self.refresh_group();
             }

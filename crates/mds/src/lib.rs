@@ -6,7 +6,8 @@
 //! durable [`base`] image; the log before the image is compacted away.
 //!
 //! Start at [`core::MdsCore`]; then [`calls`] for what happens to a call, [`duty`] for what a leader does by itself,
-//! [`group`] for the other servers, [`checkpoint`] and [`image`] for the durable state, [`backup`] and [`disaster`] for
+//! [`group`] for the other servers, [`checkpoint`] and [`image`] for the durable state, [`room`] for full disks and
+//! servers that lag, [`backup`] and [`disaster`] for
 //! when it is lost.
 
 mod backup;
@@ -19,9 +20,11 @@ pub mod disaster;
 mod duty;
 mod group;
 mod image;
+pub mod image_file;
 pub mod redb_base;
 pub mod repository;
+mod room;
 pub mod shell;
 
-pub use base::{Base, MemBase};
+pub use base::{Base, MemBase, Room};
 pub use core::{MdsConfig, MdsCore};

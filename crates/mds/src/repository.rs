@@ -4,6 +4,8 @@
 //! DIR/mds.json     identity: cluster, name, id, address, servers known at creation; written last, atomically
 //! DIR/log          the Raft log, preallocated            docs/formats/raft-log.md
 //! DIR/image.redb   the durable metadata image            docs/formats/metadata.md
+//! DIR/image.reserve  blocks for the image when the disk is full; may be deleted while the server is stopped
+//! DIR/image.damaged  an image that was put aside; for whoever wants to know, may be deleted
 //! DIR/lock         locked while a process uses the directory
 //! ```
 
@@ -37,7 +39,7 @@ pub struct Identity {
     pub bootstrap: bool,
     /// Where it listens.
     pub addr: SocketAddr,
-    /// Servers known when it was made: id, address.
+    /// Servers known when it was made, and later when they change: id, address.
     pub servers: Vec<(u64, SocketAddr)>,
 }
 
@@ -155,6 +157,10 @@ pub fn create(dir: &Path, identity: &Identity, initial: &cairn_consensus::Initia
         }
     }
     file.sync_all().map_err(io("sync", &path))?;
+    write_identity(dir, identity)
+}
+
+fn write_identity(dir: &Path, identity: &Identity) -> Result<(), RepositoryError> {
     let (path, temporary) = (dir.join("mds.json"), dir.join("mds.json.new"));
     let text = serde_json::to_string_pretty(identity).expect("an identity can be written") + "\n";
     std::fs::write(&temporary, text).map_err(io("write", &temporary))?;
@@ -173,6 +179,35 @@ pub fn log_config(identity: &Identity) -> cairn_consensus::Config {
 }
 
 impl Repository {
+    /// Writes the servers down when they are others than before. On a disk without room the list stays as it was, which
+    /// matters only to a server that loses its image too.
+    pub fn remember_servers(&mut self, servers: Vec<(u64, SocketAddr)>) {
+        if !servers.is_empty() && servers != self.identity.servers {
+            let identity = Identity { servers, ..self.identity.clone() };
+            let _ = write_identity(&self.dir, &identity);
+            self.identity = identity;
+        }
+    }
+
+    /// Puts a damaged image aside, or removes it where keeping it would take the room for a new one. Says what it did.
+    ///
+    /// # Errors
+    /// [`RepositoryError`] when that fails.
+    pub fn put_image_aside(&self) -> Result<String, RepositoryError> {
+        let (path, aside) = (self.dir.join("image.redb"), self.dir.join("image.damaged"));
+        let len = std::fs::metadata(&path).map_or(0, |image| image.len());
+        let free = cairn_env_real::free_bytes(&self.dir).unwrap_or(0);
+        let done = if free < 2 * len + 4 * crate::image_file::FREE_MIN {
+            std::fs::remove_file(&path).map_err(io("remove", &path))?;
+            "it is removed, for there is little room".to_owned()
+        } else {
+            std::fs::rename(&path, &aside).map_err(io("rename", &path))?;
+            format!("it is kept as {}", aside.display())
+        };
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(io("sync", &self.dir))?;
+        Ok(done)
+    }
+
     /// Locks a repository and reads its identity.
     ///
     /// # Errors

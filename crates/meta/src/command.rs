@@ -1,7 +1,7 @@
 //! What the log carries, and what comes out of applying it.
 
 use cairn_types::{ClientId, ClusterId, CsId, MdsId};
-use cairn_wire::mds::{Call, ClusterEvent, CsState, MdsError, MdsInfo, MdsReply, Push};
+use cairn_wire::mds::{Call, ClusterEvent, CsState, MdsCondition, MdsError, MdsInfo, MdsReply, Push};
 use serde::{Deserialize, Serialize};
 
 /// First byte of every command in the log.
@@ -74,6 +74,30 @@ pub enum Command {
     },
     /// Time passes: a bounded piece of the background work is done.
     Tick {
+        /// The leader's clock.
+        wall_ns: u64,
+    },
+    /// What ails a metadata server has changed, as its leader sees it.
+    MdsCondition {
+        /// The server.
+        mds: MdsId,
+        /// What ails it now.
+        condition: MdsCondition,
+        /// Bytes free on the disk of its repository.
+        free: u64,
+        /// Entries of the log it lacks.
+        lacks: u64,
+        /// Seconds for which it has accepted nothing.
+        silent_s: u64,
+        /// The leader's clock.
+        wall_ns: u64,
+    },
+    /// A metadata server leads from now on.
+    MdsLeads {
+        /// The server.
+        mds: MdsId,
+        /// Since this term.
+        term: u64,
         /// The leader's clock.
         wall_ns: u64,
     },

@@ -29,6 +29,8 @@ pub const RETARGET: u8 = b'J';
 pub const CHUNK: u8 = b'K';
 /// Lease: session, volume.
 pub const LEASE: u8 = b'L';
+/// Metadata server: what ails it; metadata server 0: who leads, from which term.
+pub const AILING: u8 = b'M';
 /// Block volume by name.
 pub const NAME: u8 = b'N';
 /// Order: chunk server, chunk.

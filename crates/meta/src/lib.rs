@@ -17,6 +17,7 @@
 //! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart, [`recover`]
 //! for what is done when all of it is lost.
 
+mod ailing;
 mod check;
 mod chunks;
 mod command;

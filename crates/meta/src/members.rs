@@ -96,6 +96,7 @@ impl<K: Kv> Meta<K> {
         let Some(member) = self.globals.members.remove(&mds) else { return };
         self.digest(&mds.0.to_le_bytes());
         self.topology_changed();
+        self.forget_condition(mds);
         self.event(Severity::Info, "MDS-1022", format!("{mds} at {} was removed", member.info.addr));
     }
 

@@ -44,6 +44,7 @@ impl<K: Kv> Meta<K> {
         if self.globals.brake.is_some() {
             ClusterHealth::Failed
         } else if self.servers.values().any(|server| ill(server.state()))
+            || !self.ailing.is_empty()
             || counts.offline + counts.blocked + counts.urgent + counts.degraded + counts.standby > 0
         {
             ClusterHealth::Degraded
@@ -81,6 +82,7 @@ impl<K: Kv> Meta<K> {
                     leases: session.leases,
                 })
                 .collect(),
+            mds_ill: self.ailing.iter().map(|(mds, condition)| (*mds, *condition)).collect(),
         }))
     }
 

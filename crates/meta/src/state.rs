@@ -6,8 +6,8 @@ use crate::placement::Slot;
 use crate::record::{Globals, Inode, STATE_VERSION, Server, Session};
 use crate::{config, keys};
 use cairn_stdx::checksum::crc64;
-use cairn_types::{ChunkId, ClientId, CsId, InodeId, VolumeId};
-use cairn_wire::mds::{Call, CsState, MdsError, MdsReply, MdsRequest, Push, Severity};
+use cairn_types::{ChunkId, ClientId, CsId, InodeId, MdsId, VolumeId};
+use cairn_wire::mds::{Call, CsState, MdsCondition, MdsError, MdsReply, MdsRequest, Push, Severity};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
@@ -49,6 +49,8 @@ pub struct Meta<K> {
     pub(crate) servers: BTreeMap<CsId, Server>,
     /// Current copies with a damaged block. Each is replaced, and serves its other blocks until then.
     pub(crate) damaged: BTreeSet<(ChunkId, CsId)>,
+    /// Metadata servers that something ails.
+    pub(crate) ailing: BTreeMap<MdsId, MdsCondition>,
     /// What placement sees of the servers; rebuilt from `servers` when one of them changed.
     pub(crate) slots: Option<Vec<Slot>>,
     effects: Vec<MetaEffect>,
@@ -76,6 +78,7 @@ impl<K: Kv> Meta<K> {
             sessions: BTreeMap::new(),
             servers: BTreeMap::new(),
             damaged: BTreeSet::new(),
+            ailing: BTreeMap::new(),
             slots: None,
             effects: Vec::new(),
             map_pushes: BTreeSet::new(),
@@ -95,6 +98,7 @@ impl<K: Kv> Meta<K> {
         self.servers.clear();
         self.sessions.clear();
         self.damaged.clear();
+        self.ailing.clear();
         self.slots = None;
         for (key, value) in self.kv.scan(&[keys::SERVER], &[keys::SERVER + 1], usize::MAX) {
             let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
@@ -103,6 +107,9 @@ impl<K: Kv> Meta<K> {
         for (key, _) in self.kv.scan(&[keys::DAMAGED], &[keys::DAMAGED + 1], usize::MAX) {
             let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
             self.damaged.insert((ChunkId(keys::number(&key, 5)), cs));
+        }
+        for (key, value) in self.kv.scan(&keys::one(keys::AILING, 1), &[keys::AILING + 1], usize::MAX) {
+            self.ailing.insert(MdsId(keys::number(&key, 1)), decode_record(&value));
         }
         for (key, value) in self.kv.scan(&[keys::SESSION], &[keys::SESSION + 1], usize::MAX) {
             self.sessions.insert(ClientId(keys::number(&key, 1)), decode_record(&value));
@@ -170,6 +177,14 @@ impl<K: Kv> Meta<K> {
                 self.globals.wall_ns = wall_ns;
                 self.tick(wall_ns);
             }
+            Command::MdsCondition { mds, condition, free, lacks, silent_s, wall_ns } => {
+                self.globals.wall_ns = wall_ns;
+                self.mds_condition_changed(mds, condition, &crate::ailing::Figures { free, lacks, silent_s });
+            }
+            Command::MdsLeads { mds, term, wall_ns } => {
+                self.globals.wall_ns = wall_ns;
+                self.mds_leads(mds, term);
+            }
         }
         Ok(MdsReply::Done)
     }
@@ -194,6 +209,9 @@ impl<K: Kv> Meta<K> {
 
     /// Executes a call whose session and number were checked. A refused call has changed nothing.
     pub(crate) fn execute(&mut self, client: ClientId, now_ns: u64, request: MdsRequest) -> Answer {
+        if let Some(refused) = self.refuse_without_room(&request) {
+            return Err(refused);
+        }
         let writes = self.writes;
         let answer = self.execute_inner(client, now_ns, request);
         assert!(answer.is_ok() || self.writes == writes, "a refused call changed the state: {answer:?}");

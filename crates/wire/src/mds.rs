@@ -532,6 +532,17 @@ pub enum MdsRequest {
         /// Uuid of the new store.
         store: [u8; 16],
     },
+    /// A metadata server tells the leader, every second, how it is. Not answered.
+    MdsReport {
+        /// The server.
+        mds: MdsId,
+        /// Little room is left, or none.
+        short: bool,
+        /// Bytes free on the disk of its repository.
+        free: u64,
+        /// It has lost its state, not its log: it wants an image that contains this index. Zero otherwise.
+        state_wanted: u64,
+    },
 }
 
 /// Answers.

@@ -151,6 +151,9 @@ fn seeds() -> Seeds {
             seed(name, script::script(pieces))
         })
         .collect();
+    let no_room = MdsCondition { no_room: true, lag: MdsLag::Behind };
+    let condition =
+        Command::MdsCondition { mds: MdsId(1), condition: no_room, free: 1 << 20, lacks: 1001, silent_s: 11, wall_ns };
     let own = [
         ("own_expired", Command::SessionExpired { client: ClientId(1) }),
         ("own_free", Command::LeasesFree { client: ClientId(1) }),
@@ -158,6 +161,8 @@ fn seeds() -> Seeds {
         ("own_back", Command::CsBack { cs: CsId(1025), wall_ns }),
         ("own_voter", Command::MdsVoter { mds: MdsId(1), voter: false, wall_ns }),
         ("own_left", Command::MdsLeft { mds: MdsId(1), wall_ns }),
+        ("own_condition", condition),
+        ("own_leads", Command::MdsLeads { mds: MdsId(1), term: 3, wall_ns }),
         ("own_tick", Command::Tick { wall_ns: 1 << 50 }),
     ];
     seeds.extend(own.into_iter().map(|(name, command)| seed(name, script::script([(0, &command.encode()[..])]))));

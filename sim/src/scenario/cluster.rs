@@ -6,7 +6,7 @@ use cairn_consensus::{Consensus, Initial, Member};
 use cairn_cs::{CsConfig, CsCore};
 use cairn_env::DiskOp;
 use cairn_env_sim::SimDisk;
-use cairn_mds::{MdsConfig, MdsCore, MemBase};
+use cairn_mds::{MdsConfig, MdsCore, MemBase, Room};
 use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
 use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
@@ -150,6 +150,22 @@ impl Cluster {
             let core: SimMds = MdsCore::new(mds.config.clone(), mds.base.reopen(), rng);
             self.world.start(mds.node, Box::new(core));
         }
+    }
+
+    /// A metadata server is killed, and its image is lost; its log is not. Its shell has written down who the others
+    /// are.
+    pub fn lose_mds_image(&mut self, index: usize) {
+        let node = self.mds[index].node;
+        let members = self.world.inspect::<SimMds, _>(node, |core| core.meta().members().collect::<Vec<MdsInfo>>());
+        self.world.kill(node);
+        let mds = &mut self.mds[index];
+        mds.base.lose();
+        mds.config.servers = members.filter(|members| !members.is_empty()).unwrap_or(mds.config.servers.clone());
+    }
+
+    /// The disk of a metadata server's image gets full, or has room again.
+    pub fn set_mds_room(&self, index: usize, room: Room) {
+        self.mds[index].base.set_room(room);
     }
 
     /// Makes a chunk server on a host of its own.

@@ -1,12 +1,13 @@
 //! Faults: what breaks, for how long. What that allows to be lost is in `super::eras`.
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, SimMds};
 use super::plan::{FaultKind, SEEDS_ISLAND, SEEDS_OF};
 use super::{Scenario, TOKEN_FAULT, TOKEN_RESTORE, Verdict};
 use crate::stamp::Stamp;
 use crate::world::{MS, NodeIndex, SECOND};
 use cairn_cs::CsCore;
 use cairn_env_sim::{Fault, OpKind, SimDisk};
+use cairn_mds::Room;
 use cairn_stdx::Rng;
 use cairn_types::{BLOCK_SIZE, BLOCK_SIZE_U64};
 use std::collections::BTreeMap;
@@ -25,6 +26,7 @@ enum Restore {
     FastDisk(NodeIndex),
     MendDisk(NodeIndex),
     RightDisk(usize),
+    RoomAtMds(usize),
 }
 
 /// A copy of a chunk server's disk: taken, then started from while the disk itself lies aside.
@@ -119,6 +121,8 @@ impl Scenario {
                 let index = self.faults.rng.below(self.cluster.mds.len() as u64) as usize;
                 self.cut_mds(index);
             }
+            FaultKind::FullMds => self.fill_mds(),
+            FaultKind::LoseImage => self.lose_image(),
             FaultKind::Partition | FaultKind::OneWay => self.partition(&nodes, kind == FaultKind::OneWay),
             FaultKind::Reset => {
                 let a = *self.faults.rng.choose(&nodes).expect("nodes");
@@ -158,6 +162,37 @@ impl Scenario {
         Ok(())
     }
 
+    /// A metadata server ends, and its image is lost: one at a time, while all others have theirs.
+    fn lose_image(&mut self) {
+        let nodes: Vec<NodeIndex> = self.cluster.mds.iter().map(|mds| mds.node).collect();
+        let is_whole = |core: &mut SimMds| !core.consensus().status().state_lost && core.applied() > 0;
+        let world = &mut self.cluster.world;
+        let whole = nodes.iter().filter(|node| world.inspect(**node, is_whole) == Some(true)).count();
+        if nodes.len() < 3 || whole < nodes.len() {
+            return;
+        }
+        let index = self.faults.rng.below(nodes.len() as u64) as usize;
+        self.learn_sets();
+        self.cluster.world.note(format_args!("metadata server {index} loses its image"));
+        self.cluster.lose_mds_image(index);
+        self.later(Restore::StartMds(index));
+    }
+
+    /// The disks of one metadata server, some, or all get full: what they flush may still find room in a reserve, or
+    /// not.
+    fn fill_mds(&mut self) {
+        let mut all: Vec<usize> = (0..self.cluster.mds.len()).collect();
+        self.faults.rng.shuffle(&mut all);
+        let count = if self.faults.rng.chance(1, 2) { 1 } else { self.faults.rng.range(1, all.len() as u64 + 1) };
+        let waits = self.faults.rng.chance(1, 2);
+        for &index in &all[..count as usize] {
+            self.cluster.world.note(format_args!("the disk of metadata server {index} is full, waits: {waits}"));
+            self.cluster.set_mds_room(index, Room { short: true, waits, free: 0 });
+            let after = self.faults.rng.range(SECOND, 20 * SECOND);
+            self.restore_after(after, Restore::RoomAtMds(index));
+        }
+    }
+
     fn later(&mut self, restore: Restore) {
         let after = self.faults.rng.range(MS, self.plan.down_max);
         self.restore_after(after, restore);
@@ -188,6 +223,9 @@ impl Scenario {
                 self.cluster.world.nodes[node.0].disk_delay_ns = 0;
             }
             Some(Restore::MendDisk(node)) => self.mend_disk(node),
+            Some(Restore::RoomAtMds(index)) => {
+                self.cluster.set_mds_room(index, Room { free: 1 << 40, ..Room::default() })
+            }
             Some(Restore::RightDisk(index)) => self.put_right_disk_back(index),
             None => {}
         }

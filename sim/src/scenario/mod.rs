@@ -28,7 +28,9 @@ use eras::Eras;
 use faults::Faults;
 use load::{Load, Pending};
 use plan::Plan;
-pub(crate) use plan::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY};
+pub(crate) use plan::{
+    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY,
+};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;

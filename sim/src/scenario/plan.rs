@@ -32,6 +32,10 @@ pub(super) enum FaultKind {
     FlushFails,
     /// A chunk server is started from an older copy of its disk; the right one is put back later.
     OldCopy,
+    /// The disks of metadata servers get full, for a while.
+    FullMds,
+    /// A metadata server is killed and its image is gone when it starts again.
+    LoseImage,
 }
 
 /// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, or old copies of
@@ -42,6 +46,9 @@ pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
 pub(crate) const SEEDS_FLUSH_FAILS: u64 = 10;
 pub(crate) const SEEDS_OLD_COPY: u64 = 7;
+/// Among the others, seeds with this remainder have metadata servers whose disks get full, or that lose their image.
+pub(crate) const SEEDS_FULL_MDS_OF: u64 = 17;
+pub(crate) const SEEDS_FULL_MDS: u64 = 5;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -149,6 +156,11 @@ impl Plan {
                     plan.fault_every = 600 * MS;
                     plan.faults =
                         vec![FaultKind::OldCopy, FaultKind::OldCopy, FaultKind::KillCs, FaultKind::KillClient];
+                }
+                _ if seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS => {
+                    plan.faults.truncate(2);
+                    plan.faults.extend([FaultKind::FullMds, FaultKind::KillMds, FaultKind::LoseImage]);
+                    plan.shape.checkpoint_bytes = 16 << 10;
                 }
                 _ => {}
             }

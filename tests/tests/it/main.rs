@@ -10,6 +10,7 @@ mod crash;
 mod disaster;
 mod fsx;
 mod full;
+mod full_mds;
 mod guards;
 mod mounting;
 mod nbd;

@@ -4,7 +4,9 @@ use crate::context::{Context, unexpected};
 use crate::exit::usage;
 use anyhow::{Result, bail};
 use cairn_types::{ClientId, format_size};
-use cairn_wire::mds::{ClusterHealth, ClusterStat, CsInfo, CsState, MdsInfo, MdsReply, MdsRequest, Severity};
+use cairn_wire::mds::{
+    ClusterHealth, ClusterStat, CsInfo, CsState, MdsCondition, MdsInfo, MdsLag, MdsReply, MdsRequest, Severity,
+};
 use clap::Args;
 use serde_json::json;
 use std::collections::VecDeque;
@@ -73,13 +75,25 @@ fn place_word(cs: &CsInfo) -> String {
     given.map(|(level, name)| format!("{level} {name}")).collect::<Vec<_>>().join(", ")
 }
 
+fn mds_condition(stat: &ClusterStat, server: &MdsInfo) -> MdsCondition {
+    let found = stat.mds_ill.iter().find(|(mds, _)| *mds == server.mds);
+    found.map(|(_, condition)| *condition).unwrap_or_default()
+}
+
 fn mds_word(stat: &ClusterStat, server: &MdsInfo) -> &'static str {
-    match server {
+    match mds_condition(stat, server).lag {
         _ if stat.leader == Some(server.mds) => "leader",
         _ if stat.mds_silent.contains(&server.mds) => "silent",
-        _ if server.voter => "follower",
-        _ => "learner",
+        MdsLag::Resync => "resyncing",
+        MdsLag::Behind | MdsLag::Silent => "stale",
+        MdsLag::None if server.voter => "follower",
+        MdsLag::None => "learner",
     }
+}
+
+/// A word more when its disk has no room.
+fn room_word(stat: &ClusterStat, server: &MdsInfo) -> &'static str {
+    if mds_condition(stat, server).no_room { ", no room on its disk" } else { "" }
 }
 
 fn health_word(health: ClusterHealth) -> &'static str {
@@ -112,7 +126,7 @@ pub fn list_services(context: &Context, args: &ListServicesArgs) -> Result<()> {
     if context.json() {
         let mds: Vec<_> = mds
             .iter()
-            .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(&stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter, "repository": m.repository}))
+            .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(&stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter, "no_room": mds_condition(&stat, m).no_room, "repository": m.repository}))
             .collect();
         let cs: Vec<_> = cs.iter().map(|c| cs_json(c)).collect();
         println!("{}", serde_json::to_string_pretty(&json!({"mds": mds, "cs": cs}))?);
@@ -148,7 +162,7 @@ pub fn stat(context: &Context) -> Result<()> {
     println!("\n{:<6} {:<22} STATE", "MDS", "ADDRESS");
     for server in &stat.mds {
         let state = mds_word(&stat, server);
-        println!("{:<6} {:<22} {state}", server.mds.0, server.addr);
+        println!("{:<6} {:<22} {state}{}", server.mds.0, server.addr, room_word(&stat, server));
     }
     let place_title = if stat.cs.iter().all(|cs| place_word(cs).is_empty()) { "" } else { "  PLACE" };
     println!(
@@ -227,7 +241,7 @@ fn stat_json(stat: &ClusterStat) -> Result<()> {
     let mds: Vec<_> = stat
         .mds
         .iter()
-        .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter}))
+        .map(|m| json!({"id": m.mds.0, "addr": m.addr, "state": mds_word(stat, m), "leader": stat.leader == Some(m.mds), "voter": m.voter, "no_room": mds_condition(stat, m).no_room}))
         .collect();
     let clients: Vec<_> = stat
         .clients

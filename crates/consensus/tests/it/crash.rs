@@ -2,7 +2,7 @@
 
 use crate::solo::{Solo, config, format, member};
 use cairn_consensus::{
-    Change, CommittedKind, Config, Consensus, Initial, Member, Members, OpenError, ProposeError, SnapshotMeta,
+    Change, CommittedKind, Config, Consensus, Initial, Member, Members, OpenError, Output, ProposeError, SnapshotMeta,
 };
 use cairn_stdx::Rng;
 use cairn_types::{ClusterId, MdsId};
@@ -246,4 +246,55 @@ fn a_log_that_begins_after_an_image_leads_from_there_and_only_with_that_image() 
     let again = Solo::open(config, solo.bytes.clone(), 1000);
     let opened = again.opened.unwrap().unwrap();
     assert!((opened.base, opened.last > 1001) == (1000, true) && opened.term > 7, "{opened:?}");
+}
+
+/// A log that was compacted, and its state machine lost everything: it stands for no election and emits nothing until
+/// an image came, and then all that the image does not contain.
+pub fn a_node_without_its_state_waits_for_an_image_and_goes_on_with_its_log() {
+    let config = config(1);
+    let mut solo = bootstrap(&config);
+    workload(&mut solo, 200);
+    let status = solo.core.status();
+    assert!(status.base > 0 && status.applied > status.base + 1, "{status:?}");
+    let meta = solo.core.snapshot_meta(status.base + 1).expect("an image in the log");
+    let all = std::mem::take(&mut solo.committed);
+
+    let mut lost = Solo::open_with(config.clone(), solo.bytes.clone(), None);
+    (0..100).for_each(|_| lost.tick());
+    let now = lost.core.status();
+    assert!(now.state_lost && lost.committed.is_empty(), "{now:?}");
+    assert_eq!((now.leader, now.term, now.last), (None, status.term, status.last), "it keeps its log and its vote");
+    let old = SnapshotMeta { index: now.base, ..meta.clone() };
+    assert!(lost.core.prepare_snapshot(old).is_err(), "an image of no more than the base does not help");
+
+    lost.core.prepare_snapshot(meta.clone()).unwrap();
+    lost.turn();
+    assert_eq!(lost.prepared.as_ref(), Some(&meta));
+    // The first attempt fails: it must still not go on without the state.
+    let mut out = Output::default();
+    lost.core.abandon_snapshot(&mut out);
+    lost.drain(out);
+    lost.turn();
+    assert!(lost.core.status().state_lost && lost.committed.is_empty());
+    lost.prepared = None;
+    lost.core.prepare_snapshot(meta.clone()).unwrap();
+    lost.turn();
+    let mut out = Output::default();
+    lost.core.install_snapshot(&meta, &mut out).unwrap();
+    lost.drain(out);
+    lost.turn();
+    assert!(!lost.core.status().state_lost);
+    lost.lead();
+    let after: Vec<_> = all.iter().filter(|entry| entry.index > meta.index).map(|entry| &entry.kind).collect();
+    let found: Vec<_> = lost.committed.iter().map(|entry| &entry.kind).take(after.len()).collect();
+    assert_eq!(found, after);
+
+    // A new log is not a lost state.
+    let fresh = Solo::open_with(config.clone(), format(&config, &Initial::Join), None);
+    assert!(!fresh.core.status().state_lost);
+}
+
+#[test]
+fn a_lost_state_comes_back_from_an_image() {
+    a_node_without_its_state_waits_for_an_image_and_goes_on_with_its_log();
 }

@@ -73,8 +73,11 @@ fn planted_bugs_are_seen() {
     let found: Vec<_> = bugs.iter().map(|bug| (*bug, seeds_to_find(bug, 2000))).collect();
     planted::activate(Some("raft_truncate_bad_middle"));
     let middle = crate::crash::rot_in_the_middle(&crate::solo::config(1));
+    planted::activate(Some("raft_campaign_without_state"));
+    let stateless = catch_unwind(crate::crash::a_node_without_its_state_waits_for_an_image_and_goes_on_with_its_log);
     planted::activate(None);
     std::panic::set_hook(quiet);
+    assert!(stateless.is_err(), "the node that leads without a state was not seen");
     println!("{found:#?}, bad middle: {middle:?}");
     assert!(found.iter().all(|(_, seed)| seed.is_some()), "{found:?}");
     assert!(middle.is_err(), "the cut in the middle was not seen");

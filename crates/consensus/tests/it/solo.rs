@@ -1,6 +1,6 @@
 //! A few cores over disks that answer at once: for tests of single steps and for the measurement.
 
-use cairn_consensus::{Committed, Config, Consensus, Initial, Member, OpenError, Opened, Output};
+use cairn_consensus::{Committed, Config, Consensus, Initial, Member, OpenError, Opened, Output, SnapshotMeta};
 use cairn_env::{Buf, DiskDone, DiskOp};
 use cairn_stdx::Rng;
 use cairn_types::{ClusterId, Duration, Instant, MdsId};
@@ -48,6 +48,7 @@ pub struct Solo {
     pub opened: Option<Result<Opened, OpenError>>,
     pub sent: Vec<(MdsId, Vec<u8>)>,
     pub reads: Vec<(u64, u64)>,
+    pub prepared: Option<SnapshotMeta>,
     pub now: Instant,
     pub keep_writes: bool,
     rng: Rng,
@@ -55,6 +56,11 @@ pub struct Solo {
 
 impl Solo {
     pub fn open(config: Config, bytes: Vec<u8>, applied: u64) -> Self {
+        Self::open_with(config, bytes, Some(applied))
+    }
+
+    /// Opens a log whose state machine stands at `applied`, or has nothing.
+    pub fn open_with(config: Config, bytes: Vec<u8>, applied: Option<u64>) -> Self {
         let mut solo = Self {
             core: Consensus::new(config),
             bytes,
@@ -63,12 +69,16 @@ impl Solo {
             opened: None,
             sent: Vec::new(),
             reads: Vec::new(),
+            prepared: None,
             now: Instant(0),
             keep_writes: true,
             rng: Rng::new(5),
         };
         let mut out = Output::default();
-        solo.core.start(solo.now, applied, &mut solo.rng, &mut out);
+        match applied {
+            Some(applied) => solo.core.start(solo.now, applied, &mut solo.rng, &mut out),
+            None => solo.core.start_without_state(solo.now, &mut solo.rng, &mut out),
+        }
         solo.drain(out);
         solo
     }
@@ -80,11 +90,12 @@ impl Solo {
         self.drain(out);
     }
 
-    fn drain(&mut self, mut out: Output) {
+    pub fn drain(&mut self, mut out: Output) {
         loop {
             if let Some(opened) = out.opened.take() {
                 self.opened = Some(opened);
             }
+            self.prepared = out.snapshot_prepared.take().or(self.prepared.take());
             self.sent.append(&mut out.send);
             self.reads.append(&mut out.read_ready);
             if let Some(last) = out.committed.last() {

@@ -21,5 +21,9 @@ fn every_planted_bug_is_seen() {
     caught("recover_hold_ignored", found);
     caught("damaged_copy_goes_first", crate::repair::damaged_copies_stay_until_others_are_complete);
     caught("replaced_store_keeps_copies", crate::replace::an_empty_store_takes_an_id_only_when_no_chunk_names_it);
+    caught(
+        "metadata_grow_without_room",
+        crate::ailing::what_adds_to_the_metadata_is_refused_while_too_few_servers_have_room,
+    );
     caught("chunk_counts_drift", crate::repair::random_failures_keep_every_current_copy_true_and_heal);
 }

@@ -1,5 +1,6 @@
 //! The state machine from outside: commands in, answers and effects out.
 
+mod ailing;
 mod bugs;
 mod leases;
 mod misc;

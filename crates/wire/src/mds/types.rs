@@ -272,6 +272,29 @@ pub struct MdsInfo {
     pub repository: String,
 }
 
+/// How far a metadata server is behind its leader.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MdsLag {
+    /// It keeps up.
+    #[default]
+    None,
+    /// It lacks many entries of the log.
+    Behind,
+    /// It has accepted nothing for a while.
+    Silent,
+    /// What it lacks is gone from the log: it gets the whole state.
+    Resync,
+}
+
+/// What ails a metadata server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MdsCondition {
+    /// The disk of its repository has little room left, or none.
+    pub no_room: bool,
+    /// How far it is behind.
+    pub lag: MdsLag,
+}
+
 /// A block volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeInfo {
@@ -407,6 +430,8 @@ pub struct ClusterStat {
     pub cs: Vec<CsInfo>,
     /// Client sessions.
     pub clients: Vec<SessionInfo>,
+    /// Metadata servers that something ails.
+    pub mds_ill: Vec<(MdsId, MdsCondition)>,
 }
 
 /// One client session.
