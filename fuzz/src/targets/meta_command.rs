@@ -136,7 +136,7 @@ fn run(bytes: &[u8]) {
     world.meta.check();
     world.meta.checkpoint();
     let hash = world.meta.full_hash();
-    let mut again = Meta::open(world.meta.into_kv());
+    let again = Meta::open(world.meta.into_kv());
     assert_eq!(again.full_hash(), hash, "a stored state opens as it was");
 }
 
