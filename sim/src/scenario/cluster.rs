@@ -13,8 +13,8 @@ use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
 use cairn_wire::mds::{Location, MdsInfo, SessionKind};
 use std::net::SocketAddr;
 
-/// Bytes of a chunk server's disk.
-const CS_DISK: u64 = 64 << 20;
+/// Bytes of a chunk server's disk, where room does not matter.
+pub(super) const CS_DISK: u64 = 64 << 20;
 /// Bytes of a metadata log.
 const MDS_LOG: u64 = 1 << 20;
 /// The one cluster.
@@ -26,8 +26,16 @@ pub(super) type SimMds = MdsCore<MemBase>;
 /// A metadata server's machine.
 pub(super) struct MdsNode {
     pub node: NodeIndex,
+    /// Out of the cluster: never started again.
+    pub retired: bool,
     base: MemBase,
     config: MdsConfig,
+}
+
+impl MdsNode {
+    pub fn id(&self) -> MdsId {
+        self.config.id
+    }
 }
 
 /// A chunk server's machine.
@@ -35,6 +43,8 @@ pub(super) struct CsNode {
     pub node: NodeIndex,
     /// Written down by the shell as soon as the cluster gives it.
     pub id: Option<CsId>,
+    /// Out of the cluster: never started again.
+    pub retired: bool,
     config: CsConfig,
 }
 
@@ -49,6 +59,10 @@ pub(super) struct Shape {
     /// Bytes of a metadata memtable that start a checkpoint.
     pub checkpoint_bytes: usize,
     pub scrub: u32,
+    /// Bytes of a chunk server's disk.
+    pub cs_disk: u64,
+    /// Every other client has its writes fail where no server has room; the rest wait.
+    pub fail_when_full: bool,
 }
 
 /// All machines.
@@ -57,6 +71,8 @@ pub(super) struct Cluster {
     pub mds: Vec<MdsNode>,
     pub cs: Vec<CsNode>,
     pub clients: Vec<NodeIndex>,
+    /// A client nobody kills, through which servers are added and removed.
+    pub operator: Option<NodeIndex>,
     pub shape: Shape,
     rng: Rng,
 }
@@ -95,7 +111,7 @@ fn log_config(id: MdsId) -> cairn_consensus::Config {
 impl Cluster {
     pub fn new(seed: u64, shape: Shape, rng: Rng) -> Self {
         let world = World::new(seed);
-        Self { world, mds: Vec::new(), cs: Vec::new(), clients: Vec::new(), shape, rng }
+        Self { world, mds: Vec::new(), cs: Vec::new(), clients: Vec::new(), operator: None, shape, rng }
     }
 
     fn next_rng(&mut self) -> Rng {
@@ -138,7 +154,7 @@ impl Cluster {
             checkpoint_bytes: self.shape.checkpoint_bytes,
         };
         let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
-        self.mds.push(MdsNode { node, base: MemBase::default(), config });
+        self.mds.push(MdsNode { node, retired: false, base: MemBase::default(), config });
         self.start_mds(self.mds.len() - 1);
     }
 
@@ -146,10 +162,29 @@ impl Cluster {
     pub fn start_mds(&mut self, index: usize) {
         let rng = self.next_rng();
         let mds = &self.mds[index];
-        if self.world.nodes[mds.node.0].process.is_none() {
+        if self.world.nodes[mds.node.0].process.is_none() && !mds.retired {
             let core: SimMds = MdsCore::new(mds.config.clone(), mds.base.reopen(), rng);
             self.world.start(mds.node, Box::new(core));
         }
+    }
+
+    /// The disk of a metadata server is lost, and somebody makes its log anew under the old id.
+    pub fn wipe_mds(&mut self, index: usize) {
+        let instance = self.rng.next_u64() | 1;
+        let mds = &mut self.mds[index];
+        self.world.note(format_args!("the disk of {:?} ({}) is lost", mds.node, mds.config.id));
+        self.world.power_cut(mds.node);
+        mds.config.bootstrap = false;
+        mds.base = MemBase::default();
+        let log = Consensus::format(&mds.config.log, instance, &Initial::Join);
+        self.world.nodes[mds.node.0].disks = vec![format_disk(MDS_LOG, log)];
+        self.start_mds(index);
+    }
+
+    /// Where processes look for metadata servers when they start.
+    fn mds_addrs(&self) -> Vec<SocketAddr> {
+        let retired = |mds: &usize| self.mds.get(*mds).is_some_and(|mds| mds.retired);
+        (0..self.shape.mds.max(self.mds.len())).filter(|mds| !retired(mds)).map(|mds| addr(1, mds)).collect()
     }
 
     /// Makes a chunk server on a host of its own.
@@ -158,7 +193,8 @@ impl Cluster {
         let mut store = [0; 16];
         self.rng.fill(&mut store);
         let config = StoreConfig { cluster: CLUSTER, store_uuid: store, capacity_bytes: 0 };
-        let disk = format_disk(CS_DISK, cairn_store::format(&config, CS_DISK).expect("the size suits a store"));
+        let size = self.shape.cs_disk;
+        let disk = format_disk(size, cairn_store::format(&config, size).expect("the size suits a store"));
         let none = String::new;
         let location = Location {
             host: host(2, index),
@@ -177,12 +213,12 @@ impl Cluster {
             tier: 0,
             capacity: 0,
             repository: none(),
-            mds: (0..self.shape.mds).map(|mds| addr(1, mds)).collect(),
+            mds: self.mds_addrs(),
             durable_always: false,
             scrub_chunks_per_minute: self.shape.scrub,
         };
         let node = self.world.add_node(config.addr, NodeId::Cs(CsId(0)), vec![disk]);
-        self.cs.push(CsNode { node, id: None, config });
+        self.cs.push(CsNode { node, id: None, retired: false, config });
         self.start_cs(index);
     }
 
@@ -199,10 +235,10 @@ impl Cluster {
     /// Starts a chunk server, unless it runs.
     pub fn start_cs(&mut self, index: usize) {
         let rng = self.next_rng();
-        let store = Store::new(CS_DISK, self.store_options(index));
+        let store = Store::new(self.shape.cs_disk, self.store_options(index));
         let cs = &self.cs[index];
-        if self.world.nodes[cs.node.0].process.is_none() {
-            let config = CsConfig { cs: cs.id, ..cs.config.clone() };
+        if self.world.nodes[cs.node.0].process.is_none() && !cs.retired {
+            let config = CsConfig { cs: cs.id, mds: self.mds_addrs(), ..cs.config.clone() };
             self.world.nodes[cs.node.0].identity = NodeId::Cs(cs.id.unwrap_or(CsId(0)));
             self.world.start(cs.node, Box::new(CsCore::new(config, store, rng)));
         }
@@ -232,20 +268,37 @@ impl Cluster {
     pub fn start_client(&mut self, index: usize) {
         let rng = self.next_rng();
         let node = self.clients[index];
-        if self.world.nodes[node.0].process.is_some() {
-            return;
+        if self.world.nodes[node.0].process.is_none() {
+            self.start_client_at(node, index, rng);
         }
+    }
+
+    /// Makes the operator's client.
+    pub fn create_operator(&mut self) {
+        let index = 100;
+        let node = self.world.add_node(addr(3, index), NodeId::Client(ClientId(0)), Vec::new());
+        self.operator = Some(node);
+        let rng = self.next_rng();
+        self.start_client_at(node, index, rng);
+    }
+
+    fn start_client_at(&mut self, node: NodeIndex, index: usize, rng: Rng) {
         let config = CoreConfig {
-            mds: (0..self.shape.mds).map(|mds| addr(1, mds)).collect(),
+            mds: self.mds_addrs(),
             host: host(3, index),
             host_name: format!("client{index}"),
             purpose: "simulation".to_owned(),
             kind: SessionKind::Client,
-            on_no_space: OnNoSpace::Wait,
+            on_no_space: if self.fails_when_full(index) { OnNoSpace::Fail } else { OnNoSpace::Wait },
             call_deadline: Duration::from_secs(60),
             open_deadline: Duration::from_secs(30),
         };
         self.world.start(node, Box::new(ClientCore::new(config, rng)));
+    }
+
+    /// True when writes of this client fail for lack of room.
+    pub fn fails_when_full(&self, client: usize) -> bool {
+        self.shape.fail_when_full && client % 2 == 1
     }
 
     pub fn is_running(&self, node: NodeIndex) -> bool {

@@ -50,6 +50,19 @@ impl Eras {
         }
     }
 
+    /// A chunk server joins.
+    pub fn add_cs(&mut self) {
+        self.lost_power.push(None);
+        self.lacking.push(false);
+        self.disturbed.push(None);
+    }
+
+    /// The disk of a chunk server is gone.
+    pub fn lost_for_good(&mut self, cs: usize, now: u64) {
+        self.lost_power[cs] = Some(now);
+        self.lacking[cs] = true;
+    }
+
     pub fn know_volumes(&mut self, count: usize) {
         self.holder = vec![None; count];
         self.left_open = vec![false; count];
@@ -117,6 +130,12 @@ impl Scenario {
         volumes
     }
 
+    /// True when a server has the only current copy of some chunk.
+    pub(super) fn is_last_copy(&mut self, cs: CsId) -> bool {
+        self.learn_sets();
+        self.eras.sets.values().any(|(.., set)| set == &[cs])
+    }
+
     fn end_era(&mut self, volume: usize, why: &str) -> Verdict {
         let id = self.volumes[volume].info.volume;
         self.cluster.world.note(format_args!("an era of {id} ends: {why}"));
@@ -137,12 +156,13 @@ impl Scenario {
         }
     }
 
-    /// A client has opened a volume.
-    pub(super) fn holder_came(&mut self, client: usize, volume: usize) -> Verdict {
+    /// A client has opened a volume, to read it only (`shared`), or as its holder.
+    pub(super) fn holder_came(&mut self, client: usize, volume: usize, shared: bool) -> Verdict {
         if let Some(last) = self.eras.holder[volume].filter(|last| *last != client) {
             self.holder_left(last, volume)?;
         }
-        self.eras.holder[volume] = Some(client);
+        // A reader has nothing unsettled, unless it had to reconcile what a holder left.
+        self.eras.holder[volume] = (!shared || self.eras.left_open[volume]).then_some(client);
         if std::mem::take(&mut self.eras.left_open[volume]) {
             let cs = &self.cluster.cs;
             let lacking: Vec<CsId> =

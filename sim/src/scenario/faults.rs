@@ -66,15 +66,16 @@ impl Faults {
 
 impl Cluster {
     fn all_nodes(&self) -> Vec<NodeIndex> {
-        let servers = self.mds.iter().map(|mds| mds.node).chain(self.cs.iter().map(|cs| cs.node));
-        servers.chain(self.clients.iter().copied()).collect()
+        let mds = self.mds.iter().filter(|mds| !mds.retired).map(|mds| mds.node);
+        let servers = mds.chain(self.cs.iter().filter(|cs| !cs.retired).map(|cs| cs.node));
+        servers.chain(self.clients.iter().copied()).chain(self.operator).collect()
     }
 }
 
 impl Scenario {
     /// One fault, then the next after a while.
     pub(super) fn next_fault(&mut self) -> Verdict {
-        if !self.chaos || self.plan.faults.is_empty() {
+        if !self.chaos || self.draining || self.plan.faults.is_empty() {
             return Ok(());
         }
         let after = self.faults.rng.range(MS, self.plan.fault_every);
@@ -154,6 +155,7 @@ impl Scenario {
             FaultKind::CutHost => self.cut_host()?,
             FaultKind::Island => self.isolate_host(),
             FaultKind::OldCopy => self.use_old_copy()?,
+            FaultKind::Members => self.change_members()?,
         }
         Ok(())
     }

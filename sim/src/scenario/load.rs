@@ -2,14 +2,14 @@
 //! namespace.
 
 use super::{Answer, Scenario, TOKEN_CLIENT, Verdict, broken};
-use crate::checkers::shadow::{Invariant, OpId};
+use crate::checkers::shadow::{Broken, Invariant, OpId};
 use crate::stamp::Stamp;
 use crate::world::SECOND;
 use cairn_client::{ClientCore, OpenError, SizeRule, VolumeHandle};
 use cairn_env::Buf;
 use cairn_env::block::{BlockError, BlockOp, BlockReply, BlockResult};
 use cairn_stdx::Rng;
-use cairn_types::{InodeId, VolumeId};
+use cairn_types::{BLOCK_SIZE_U64, InodeId, VolumeId};
 use cairn_wire::mds::{InodeKind, LeaseMode, MdsError, MdsReply, MdsRequest, RenameMode};
 use std::collections::BTreeMap;
 
@@ -19,6 +19,8 @@ use std::collections::BTreeMap;
 pub(super) enum Kind {
     /// A call of the setup.
     Setup,
+    /// A call of the operator's.
+    Operator,
     Open {
         volume: usize,
     },
@@ -62,6 +64,17 @@ pub(super) enum Kind {
     },
 }
 
+impl Kind {
+    /// True when it writes other bytes than zeros: nothing else may fail for lack of room.
+    fn needs_room(&self) -> bool {
+        match self {
+            Kind::Write { values, .. } => values.iter().any(|value| *value != 0),
+            Kind::CompareAndWrite { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// An operation in flight.
 #[derive(Debug)]
 pub(super) struct Pending {
@@ -69,6 +82,17 @@ pub(super) struct Pending {
     pub since: u64,
     pub kind: Kind,
 }
+
+/// What clients of a cluster with small disks are after.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Mood {
+    Usual,
+    Fill,
+    Drain,
+}
+
+/// How long a mood lasts.
+const MOOD_NS: u64 = 6 * SECOND;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Hold {
@@ -83,6 +107,8 @@ pub(super) struct Load {
     rng: Rng,
     holds: Vec<Hold>,
     recalled: Vec<bool>,
+    /// Opened to read only.
+    shared: Vec<bool>,
     in_flight: usize,
     /// Last value this client wrote or read, by volume and block: what a compare-and-write expects.
     known: BTreeMap<(usize, u64), u64>,
@@ -92,12 +118,21 @@ pub(super) struct Load {
 
 impl Load {
     pub fn new(rng: Rng) -> Self {
-        Self { rng, holds: Vec::new(), recalled: Vec::new(), in_flight: 0, known: BTreeMap::new(), files: Vec::new() }
+        Self {
+            rng,
+            holds: Vec::new(),
+            recalled: Vec::new(),
+            shared: Vec::new(),
+            in_flight: 0,
+            known: BTreeMap::new(),
+            files: Vec::new(),
+        }
     }
 
     pub fn know_volumes(&mut self, count: usize) {
         self.holds = vec![Hold::Closed; count];
         self.recalled = vec![false; count];
+        self.shared = vec![false; count];
     }
 
     /// The process died: handles and operations died with it.
@@ -140,7 +175,9 @@ impl Scenario {
         let think = self.plan.think;
         let after = self.loads[client].rng.range(think / 20, think);
         self.cluster.world.wake_driver(after, TOKEN_CLIENT + client as u64);
-        if self.is_idle(client) || self.loads[client].in_flight >= self.plan.in_flight_max {
+        // Who waits for room does not wait with trimming.
+        let in_flight_max = self.plan.in_flight_max + if self.mood() == Mood::Drain { 8 } else { 0 };
+        if self.is_idle(client) || self.loads[client].in_flight >= in_flight_max {
             return;
         }
         let load = &mut self.loads[client];
@@ -156,15 +193,28 @@ impl Scenario {
         }
     }
 
-    /// Opens a volume for writing.
+    /// What clients are after now.
+    fn mood(&self) -> Mood {
+        match (self.plan.full, self.draining) {
+            (false, _) => Mood::Usual,
+            (true, true) => Mood::Drain,
+            (true, false) => [Mood::Fill, Mood::Usual, Mood::Fill, Mood::Drain][(self.now() / MOOD_NS % 4) as usize],
+        }
+    }
+
+    /// Opens a volume for writing, or to read it only.
     pub(super) fn open(&mut self, client: usize, volume: usize) {
-        self.loads[client].holds[volume] = Hold::Opening;
+        let load = &mut self.loads[client];
+        load.holds[volume] = Hold::Opening;
+        let shared = self.plan.full && self.chaos && !self.draining && load.rng.chance(1, 3);
+        load.shared[volume] = shared;
+        let mode = if shared { LeaseMode::Shared } else { LeaseMode::Exclusive };
         let id = self.volumes[volume].info.volume;
         let token = self.begin(client, Kind::Open { volume });
         let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
         self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
             let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Open(result))));
-            core.open(now, id, LeaseMode::Exclusive, SizeRule::Fixed, done, out);
+            core.open(now, id, mode, SizeRule::Fixed, done, out);
         });
     }
 
@@ -236,7 +286,12 @@ impl Scenario {
         let (offset, len) = (first * unit, count * unit);
         let now = self.now();
         let choice = self.loads[client].rng.below(100);
-        let choice = if self.only_reads(client) { 0 } else { choice };
+        let choice = match self.mood() {
+            _ if self.only_reads(client) || self.loads[client].shared[volume] => choice % 40,
+            Mood::Fill if choice < 60 => return self.fill(client, volume, handle),
+            Mood::Drain if choice < 60 => return self.drain(client, volume, handle),
+            _ => choice,
+        };
         match choice {
             0..40 => self.read(client, volume, handle, first, count),
             40..82 => {
@@ -270,6 +325,57 @@ impl Scenario {
             }
             _ => self.submit(client, handle, BlockOp::Extents { offset, len }, Kind::Extents { volume }),
         }
+    }
+
+    /// A place for a long request of whole blocks.
+    fn draw_run(&mut self, client: usize, volume: usize) -> (u64, u64) {
+        let SimVolume { units, unit } = self.geometry(volume);
+        let (per_block, rng) = (BLOCK_SIZE_U64 / unit, &mut self.loads[client].rng);
+        let blocks = units / per_block;
+        let first = rng.below(blocks);
+        let count = rng.range(16, 200).min(blocks - first);
+        (first * per_block, count * per_block)
+    }
+
+    /// Writes many blocks at once.
+    fn fill(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
+        let (id, unit) = (self.volumes[volume].info.volume, self.volumes[volume].unit);
+        let (first, count) = self.draw_run(client, volume);
+        let (values, data) = self.stamped(id, unit, first, count);
+        let op = self.shadow.write_submitted(self.now(), id.0, first, values.clone());
+        let kind = Kind::Write { volume, op, first, values, durable: false };
+        self.submit(client, handle, BlockOp::Write { offset: first * unit, data, fua: false }, kind);
+    }
+
+    /// Trims many blocks at once, but for those that somebody is writing: it would wait for them.
+    fn drain(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
+        let (id, unit) = (self.volumes[volume].info.volume, self.volumes[volume].unit);
+        let (first, count) = self.draw_run(client, volume);
+        let overlaps = |kind: &Kind| match kind {
+            Kind::Write { volume: of, first: other, values, .. } => {
+                *of == volume && first < other + values.len() as u64 && *other < first + count
+            }
+            Kind::CompareAndWrite { volume: of, first: other, .. } => {
+                *of == volume && (first..first + count).contains(other)
+            }
+            _ => false,
+        };
+        if self.pending.values().any(|op| op.client == client && overlaps(&op.kind)) {
+            return;
+        }
+        let values = vec![0; count as usize];
+        let op = self.shadow.write_submitted(self.now(), id.0, first, values.clone());
+        let kind = Kind::Write { volume, op, first, values, durable: false };
+        self.submit(client, handle, BlockOp::Discard { offset: first * unit, len: count * unit }, kind);
+    }
+
+    /// The faults are over: clients trim until whoever waited for room has got it (I16).
+    pub(super) fn drain_at_last(&mut self) -> Verdict {
+        let (waiting, until): (Vec<u64>, u64) = (self.pending.keys().copied().collect(), self.now() + 15 * SECOND);
+        self.wait("space that was returned is used", super::END_WITHIN, |s| {
+            s.now() >= until && waiting.iter().all(|token| !s.pending.contains_key(token))
+        })
+        .map_err(|broken| Box::new(Broken { invariant: Invariant::I16, ..*broken }))
     }
 
     /// Reads blocks and has them judged.
@@ -338,6 +444,9 @@ impl Scenario {
     /// An operation ended.
     pub(super) fn on_answer(&mut self, token: u64, answer: Answer) -> Verdict {
         let Some(Pending { client, since, kind }) = self.pending.remove(&token) else { return Ok(()) };
+        if let (Kind::Operator, Answer::Call(result)) = (&kind, &answer) {
+            return self.on_operator(result.clone());
+        }
         self.loads[client].in_flight = self.loads[client].in_flight.saturating_sub(1);
         match (kind, answer) {
             (Kind::Setup, Answer::Call(result)) => {
@@ -362,8 +471,9 @@ impl Scenario {
         load.holds[volume] = match result {
             Ok(handle) => {
                 load.holds[volume] = Hold::Open(handle);
+                let shared = load.shared[volume];
                 self.took_over(client, volume);
-                return self.holder_came(client, volume);
+                return self.holder_came(client, volume, shared);
             }
             Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
             Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => {
@@ -391,6 +501,15 @@ impl Scenario {
         let reply = match result {
             Ok(reply) => reply,
             Err(BlockError::Fenced | BlockError::Closed) => return Ok(()),
+            Err(BlockError::NoSpace) if self.cluster.fails_when_full(client) && kind.needs_room() => {
+                if let Kind::Write { op, .. } | Kind::CompareAndWrite { op, .. } = kind {
+                    self.shadow.write_failed(now, op);
+                }
+                return Ok(());
+            }
+            Err(BlockError::NoSpace) => {
+                return Err(broken(Invariant::I16, format!("client {client}: no room for {kind:?}")));
+            }
             Err(BlockError::Miscompare { .. }) => {
                 // Nothing was written.
                 if let Kind::CompareAndWrite { volume, op, first, .. } = kind {

@@ -9,6 +9,7 @@ mod cluster;
 mod eras;
 mod faults;
 mod load;
+mod members;
 mod plan;
 mod setup;
 mod verify;
@@ -25,8 +26,9 @@ use cluster::{Cluster, SimMds};
 use eras::Eras;
 use faults::Faults;
 use load::{Load, Pending};
+use members::Members;
 use plan::Plan;
-pub(crate) use plan::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY};
+pub(crate) use plan::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -74,6 +76,7 @@ pub(crate) struct Scenario {
     volumes: Vec<SimVolume>,
     loads: Vec<Load>,
     faults: Faults,
+    members: Members,
     eras: Eras,
     pending: BTreeMap<u64, Pending>,
     mailbox: Mailbox,
@@ -81,6 +84,8 @@ pub(crate) struct Scenario {
     next_value: u64,
     next_name: u64,
     chaos: bool,
+    /// The faults are over, and clients make room.
+    draining: bool,
     /// Digest of the metadata state by applied index, from whichever server had it first (I11).
     digests: BTreeMap<u64, (usize, u64)>,
     /// Answers to calls of the setup.
@@ -106,6 +111,7 @@ impl Scenario {
             volumes: Vec::new(),
             loads,
             faults,
+            members: Members::new(rng.split(14)),
             eras,
             pending: BTreeMap::new(),
             mailbox: Mailbox::default(),
@@ -113,6 +119,7 @@ impl Scenario {
             next_value: 0,
             next_name: 0,
             chaos: false,
+            draining: false,
             digests: BTreeMap::new(),
             replies: BTreeMap::new(),
         }
@@ -130,9 +137,14 @@ impl Scenario {
         self.cluster.world.wake_driver(SECOND, TOKEN_FAULT);
         let until = self.now() + self.plan.chaos_ns;
         self.run_until(until, |_| false)?;
-        self.chaos = false;
+        (self.chaos, self.draining) = (self.plan.full, self.plan.full);
         self.heal();
+        if self.draining {
+            self.drain_at_last()?;
+            self.chaos = false;
+        }
         self.cluster.world.note(format_args!("healed; {} operations in flight", self.pending.len()));
+        self.wait("changes of membership", members::ENDS_WITHIN, |s| s.members.is_idle())?;
         self.wait("operations in flight", END_WITHIN, |s| s.pending.is_empty())?;
         self.verify()
     }
@@ -210,7 +222,9 @@ impl Scenario {
     fn look(&mut self) -> Verdict {
         self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
         self.cluster.keep_cs_ids();
-        if let Some((node, why)) = self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node)) {
+        if let Some((node, why)) =
+            self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node) && !self.may_leave(*node))
+        {
             return Err(broken(Invariant::I17, format!("{node:?} gave up: {why}")));
         }
         for index in 0..self.cluster.mds.len() {
@@ -226,14 +240,15 @@ impl Scenario {
                 return Err(broken(Invariant::I11, detail));
             }
         }
+        self.tend_members();
         self.release_recalled();
         Ok(())
     }
 
     /// Takes what the clients finished.
     fn collect(&mut self) -> Verdict {
-        for client in 0..self.cluster.clients.len() {
-            let node = self.cluster.clients[client];
+        for client in 0..=self.cluster.clients.len() {
+            let Some(node) = self.cluster.clients.get(client).copied().or(self.cluster.operator) else { continue };
             let completions = self.cluster.world.inspect::<ClientCore, _>(node, ClientCore::take_completions);
             for completion in completions.into_iter().flatten() {
                 match completion {
@@ -254,6 +269,9 @@ impl Scenario {
     }
 
     fn on_notice(&mut self, client: usize, notice: &Notice) -> Verdict {
+        if client == self.cluster.clients.len() {
+            return Ok(());
+        }
         let Some(load) = self.loads.get_mut(client) else { return Ok(()) };
         match notice {
             Notice::Recall(handle, _) => load.recalled(*handle),

@@ -1,7 +1,7 @@
 //! What a seed draws before anything happens: the shape of the cluster, the kinds of fault, their pace (swarm testing:
 //! a seed that knows few kinds of fault goes deeper into each).
 
-use super::cluster::Shape;
+use super::cluster::{CS_DISK, Shape};
 use crate::world::{MS, SECOND};
 use cairn_stdx::Rng;
 
@@ -28,20 +28,24 @@ pub(super) enum FaultKind {
     CutHost,
     /// A host with a client and a chunk server on it is cut off from all others, longer than a lease.
     Island,
+    /// A server is added, drained or removed, or comes back with an empty disk.
+    Members,
     /// A flush of a server fails once; its process starts anew, and what the flush had covered must not be trusted.
     FlushFails,
     /// A chunk server is started from an older copy of its disk; the right one is put back later.
     OldCopy,
 }
 
-/// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, or old copies of
-/// disks. No draw decides
-/// it, so that the seeds of the regression list, none of which has such a remainder, stay what they were.
+/// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, old copies of
+/// disks, small disks, or changes of membership. No draw decides it, so that the seeds of the regression list that have
+/// no such remainder stay what they were.
 pub(crate) const SEEDS_OF: u64 = 18;
 pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
 pub(crate) const SEEDS_FLUSH_FAILS: u64 = 10;
 pub(crate) const SEEDS_OLD_COPY: u64 = 7;
+pub(crate) const SEEDS_FULL: u64 = 3;
+const SEEDS_MEMBERS: u64 = 17;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -94,6 +98,8 @@ pub(super) struct Plan {
     pub offline_after: Option<u64>,
     /// Frames that take a long way, one in so many.
     pub slow_one_in: u64,
+    /// Disks too small for what clients write, filled and drained in turn; some opens are shared, some writes fail.
+    pub full: bool,
 }
 
 impl Plan {
@@ -107,6 +113,8 @@ impl Plan {
             chain_groups_max: *rng.choose(&[24, 96, 8192]).expect("not empty"),
             checkpoint_bytes: *rng.choose(&[16 << 10, 128 << 10, 4 << 20]).expect("not empty"),
             scrub: *rng.choose(&[0, 0, 120]).expect("not empty"),
+            cs_disk: CS_DISK,
+            fail_when_full: false,
         };
         let volume = |rng: &mut Rng| {
             let replicas = rng.range(1, 4).max(rng.range(1, 4)) as u8;
@@ -139,6 +147,7 @@ impl Plan {
             in_flight_max: rng.range(1, 9) as usize,
             offline_after: rng.chance(1, 3).then_some(10),
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
+            full: false,
         };
         if !faultless && !plan.faults.contains(&FaultKind::Rot) {
             match seed % SEEDS_OF {
@@ -150,6 +159,8 @@ impl Plan {
                     plan.faults =
                         vec![FaultKind::OldCopy, FaultKind::OldCopy, FaultKind::KillCs, FaultKind::KillClient];
                 }
+                SEEDS_MEMBERS => plan.draw_members(rng),
+                SEEDS_FULL => plan.draw_full(rng),
                 _ => {}
             }
         }
@@ -168,15 +179,45 @@ impl Plan {
         }
     }
 
+    /// Servers that hold about two thirds of what clients want to write, and few faults, so that they get full.
+    fn draw_full(&mut self, rng: &mut Rng) {
+        self.full = true;
+        self.shape.fail_when_full = true;
+        self.faults.truncate(rng.below(3) as usize);
+        self.volumes.truncate(2);
+        for volume in &mut self.volumes {
+            volume.size = (1 << 20) * rng.range(4, 9);
+        }
+        // Writes of sectors are what makes a block be read, changed and written; one volume of them is enough.
+        self.volumes[1..].iter_mut().for_each(|volume| volume.unit = 4096);
+        let wanted: u64 = self.volumes.iter().map(|volume| volume.size * u64::from(volume.replicas)).sum();
+        // Beside what is stored a store wants working space, and repair room for a whole chunk.
+        self.shape.cs_disk = (2 << 20) + (wanted * 2 / 3 / self.shape.cs as u64).next_multiple_of(1 << 20).max(3 << 20);
+        self.chaos_ns = rng.range(30 * SECOND, 60 * SECOND);
+    }
+
+    /// Servers come and go while others fail: no failing disks, as a wiped one is enough to survive.
+    fn draw_members(&mut self, rng: &mut Rng) {
+        self.faults.retain(|fault| *fault != FaultKind::DiskFails);
+        self.faults.truncate(rng.below(4) as usize);
+        let pace = self.faults.len().max(1);
+        self.faults.extend(vec![FaultKind::Members; pace]);
+        self.fault_every = self.fault_every.min(2 * SECOND);
+        self.shape.mds = self.shape.mds.max(3 * usize::from(rng.chance(3, 4)));
+        self.offline_after = Some(10);
+        self.chaos_ns = rng.range(30 * SECOND, 80 * SECOND);
+    }
+
     /// One line for the report.
     pub fn describe(&self) -> String {
         let shape = &self.shape;
         let volumes: Vec<String> =
             self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
         format!(
-            "{} MDS, {} CS, {} clients, volumes {}, faults {:?}",
+            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}",
             shape.mds,
             shape.cs,
+            if self.full { format!(" of {} MiB", shape.cs_disk >> 20) } else { String::new() },
             shape.clients,
             volumes.join(" "),
             self.faults
