@@ -48,11 +48,6 @@ const fn on_islands(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_ISLAND, SEEDS_OF), ..bug }
 }
 
-/// Looked for in seeds where disks get full.
-const fn on_small_disks(bug: Planted) -> Planted {
-    Planted { seeds: (SEEDS_FULL, SEEDS_OF), ..bug }
-}
-
 /// The planted bugs.
 pub const PLANTED: &[Planted] = &[
     bug("acknowledge_before_all_replicas", Invariant::I3, 100),
@@ -86,8 +81,6 @@ pub const PLANTED: &[Planted] = &[
     in_cut_hosts(bug("store_flush_covers_later", Invariant::I3, RARE)),
     bug("store_checkpoint_drops_last", Invariant::I8, 100),
     with_failing_flushes(bug("store_recovered_not_rewritten", Invariant::I17, 100)),
-    on_small_disks(bug("store_trim_needs_room", Invariant::I16, 100)),
-    on_small_disks(bug("refused_write_not_taken_back", Invariant::I8, 200)),
     with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 100)),
     bug("store_trust_tail", Invariant::I1, 100),
 ];
