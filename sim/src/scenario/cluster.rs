@@ -11,6 +11,7 @@ use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
 use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
 use cairn_wire::mds::{Location, MdsInfo, SessionKind};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 /// Bytes of a chunk server's disk, where room does not matter.
@@ -48,6 +49,15 @@ pub(super) struct CsNode {
     config: CsConfig,
 }
 
+/// Where a process finds metadata servers.
+#[derive(Clone, Default)]
+struct Addresses {
+    /// What it was started with.
+    given: Vec<SocketAddr>,
+    /// What it learnt, written down by its shell.
+    known: Vec<SocketAddr>,
+}
+
 /// What a seed draws about the shape of its cluster.
 #[derive(Clone, Debug)]
 pub(super) struct Shape {
@@ -74,6 +84,7 @@ pub(super) struct Cluster {
     /// A client nobody kills, through which servers are added and removed.
     pub operator: Option<NodeIndex>,
     pub shape: Shape,
+    addresses: BTreeMap<NodeIndex, Addresses>,
     rng: Rng,
 }
 
@@ -111,7 +122,8 @@ fn log_config(id: MdsId) -> cairn_consensus::Config {
 impl Cluster {
     pub fn new(seed: u64, shape: Shape, rng: Rng) -> Self {
         let world = World::new(seed);
-        Self { world, mds: Vec::new(), cs: Vec::new(), clients: Vec::new(), operator: None, shape, rng }
+        let (mds, cs, clients, addresses) = (Vec::new(), Vec::new(), Vec::new(), BTreeMap::new());
+        Self { world, mds, cs, clients, operator: None, shape, addresses, rng }
     }
 
     fn next_rng(&mut self) -> Rng {
@@ -181,10 +193,28 @@ impl Cluster {
         self.start_mds(index);
     }
 
-    /// Where processes look for metadata servers when they start.
+    /// Where metadata servers are, or will be.
     fn mds_addrs(&self) -> Vec<SocketAddr> {
         let retired = |mds: &usize| self.mds.get(*mds).is_some_and(|mds| mds.retired);
         (0..self.shape.mds.max(self.mds.len())).filter(|mds| !retired(mds)).map(|mds| addr(1, mds)).collect()
+    }
+
+    /// Where a process looks when it starts. What was written down must do while it names one who is there; a process
+    /// that was away when all were replaced has to be told by somebody.
+    fn addresses_at_start(&mut self, node: NodeIndex) -> Addresses {
+        let present = self.mds_addrs();
+        let addresses = self.addresses.entry(node).or_default();
+        if !addresses.given.iter().chain(&addresses.known).any(|addr| present.contains(addr)) {
+            addresses.given = present;
+        }
+        addresses.clone()
+    }
+
+    /// True when a process that runs knows none of the metadata servers: they were all replaced while it was cut off.
+    pub fn is_forsaken(&self, node: NodeIndex) -> bool {
+        let present = self.mds_addrs();
+        let knows = |a: &Addresses| a.given.iter().chain(&a.known).any(|addr| present.contains(addr));
+        self.is_running(node) && !self.addresses.get(&node).is_some_and(knows)
     }
 
     /// Makes a chunk server on a host of its own.
@@ -213,7 +243,8 @@ impl Cluster {
             tier: 0,
             capacity: 0,
             repository: none(),
-            mds: self.mds_addrs(),
+            mds: Vec::new(),
+            mds_known: Vec::new(),
             durable_always: false,
             scrub_chunks_per_minute: self.shape.scrub,
         };
@@ -238,14 +269,25 @@ impl Cluster {
         let store = Store::new(self.shape.cs_disk, self.store_options(index));
         let cs = &self.cs[index];
         if self.world.nodes[cs.node.0].process.is_none() && !cs.retired {
-            let config = CsConfig { cs: cs.id, mds: self.mds_addrs(), ..cs.config.clone() };
-            self.world.nodes[cs.node.0].identity = NodeId::Cs(cs.id.unwrap_or(CsId(0)));
-            self.world.start(cs.node, Box::new(CsCore::new(config, store, rng)));
+            let (node, id) = (cs.node, cs.id);
+            let config = CsConfig { cs: id, ..cs.config.clone() };
+            let Addresses { given, known } = self.addresses_at_start(node);
+            let config = CsConfig { mds: given, mds_known: known, ..config };
+            self.world.nodes[node.0].identity = NodeId::Cs(id.unwrap_or(CsId(0)));
+            self.world.start(node, Box::new(CsCore::new(config, store, rng)));
         }
     }
 
-    /// What the shell of a chunk server does after each turn: writes down the id the cluster gave.
-    pub fn keep_cs_ids(&mut self) {
+    /// What the shells do after each turn: write down the id the cluster gave, and where its metadata servers are.
+    pub fn keep_what_is_told(&mut self) {
+        let servers = self.cs.iter().map(|cs| cs.node);
+        for node in servers.chain(self.clients.iter().copied()).chain(self.operator).collect::<Vec<_>>() {
+            let of_server = self.world.inspect::<CsCore, _>(node, |core| core.mds_servers().to_vec());
+            let known = of_server.or_else(|| self.world.inspect::<ClientCore, _>(node, |core| core.mds_servers().to_vec()));
+            if let Some(known) = known.filter(|known| !known.is_empty()) {
+                self.addresses.entry(node).or_default().known = known;
+            }
+        }
         for cs in &mut self.cs {
             let id = self.world.inspect::<CsCore, _>(cs.node, |core| core.id()).flatten();
             if let Some(id) = id {
@@ -283,8 +325,10 @@ impl Cluster {
     }
 
     fn start_client_at(&mut self, node: NodeIndex, index: usize, rng: Rng) {
+        let Addresses { mut given, known } = self.addresses_at_start(node);
+        given.extend(known);
         let config = CoreConfig {
-            mds: self.mds_addrs(),
+            mds: given,
             host: host(3, index),
             host_name: format!("client{index}"),
             purpose: "simulation".to_owned(),

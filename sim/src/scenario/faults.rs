@@ -441,7 +441,7 @@ impl Scenario {
     }
 
     /// Ends every fault: paths, clocks, disks, frozen and dead processes.
-    pub(super) fn heal(&mut self) {
+    pub(super) fn heal(&mut self) -> Verdict {
         let tokens: Vec<u64> = self.faults.restores.keys().copied().collect();
         tokens.into_iter().for_each(|token| self.restore(token));
         let nodes = self.cluster.all_nodes();
@@ -453,5 +453,29 @@ impl Scenario {
         }
         let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
         servers.collect::<Vec<_>>().into_iter().for_each(|node| self.mend_disk(node));
+        self.tell_the_forsaken()
+    }
+
+    /// Who was cut off while all metadata servers were replaced is started anew with a list that is right.
+    fn tell_the_forsaken(&mut self) -> Verdict {
+        self.cluster.keep_what_is_told();
+        for index in 0..self.cluster.cs.len() {
+            let node = self.cluster.cs[index].node;
+            if self.cluster.is_forsaken(node) {
+                self.cluster.world.note(format_args!("{node:?} knows no metadata server"));
+                self.cluster.world.kill(node);
+                self.cluster.start_cs(index);
+            }
+        }
+        for index in 0..self.cluster.clients.len() {
+            let node = self.cluster.clients[index];
+            if self.cluster.is_forsaken(node) {
+                self.cluster.world.note(format_args!("{node:?} knows no metadata server"));
+                self.cluster.world.kill(node);
+                self.client_died(index)?;
+                self.cluster.start_client(index);
+            }
+        }
+        Ok(())
     }
 }

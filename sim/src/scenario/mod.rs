@@ -138,7 +138,7 @@ impl Scenario {
         let until = self.now() + self.plan.chaos_ns;
         self.run_until(until, |_| false)?;
         (self.chaos, self.draining) = (self.plan.full, self.plan.full);
-        self.heal();
+        self.heal()?;
         if self.draining {
             self.drain_at_last()?;
             self.chaos = false;
@@ -221,7 +221,7 @@ impl Scenario {
     /// What is looked after all the time, as the shells of the daemons do, and what checkers sample.
     fn look(&mut self) -> Verdict {
         self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
-        self.cluster.keep_cs_ids();
+        self.cluster.keep_what_is_told();
         if let Some((node, why)) =
             self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node) && !self.may_leave(*node))
         {

@@ -4,6 +4,7 @@
 use super::cluster::{CS_DISK, Shape};
 use crate::world::{MS, SECOND};
 use cairn_stdx::Rng;
+use cairn_types::BLOCK_SIZE_U64;
 
 /// Kinds of fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,9 +48,8 @@ pub(crate) const SEEDS_OLD_COPY: u64 = 7;
 pub(crate) const SEEDS_FULL: u64 = 3;
 const SEEDS_MEMBERS: u64 = 17;
 
-/// Small disks and changes of membership are drawn only where the build was told so (`CAIRN_SIM_WIDE=1`): what they find
-/// is not understood yet (docs/status.md).
-const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
+/// The largest volume drawn: as many chunks as the scenario looks at.
+const VOLUME_MAX: u64 = 56 << 20;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -163,8 +163,8 @@ impl Plan {
                     plan.faults =
                         vec![FaultKind::OldCopy, FaultKind::OldCopy, FaultKind::KillCs, FaultKind::KillClient];
                 }
-                SEEDS_MEMBERS if WIDE => plan.draw_members(rng),
-                SEEDS_FULL if WIDE => plan.draw_full(rng),
+                SEEDS_MEMBERS => plan.draw_members(rng),
+                SEEDS_FULL => plan.draw_full(rng),
                 _ => {}
             }
         }
@@ -189,14 +189,14 @@ impl Plan {
         self.shape.fail_when_full = true;
         self.faults.truncate(rng.below(3) as usize);
         self.volumes.truncate(2);
-        for volume in &mut self.volumes {
-            volume.size = (1 << 20) * rng.range(4, 9);
-        }
         // Writes of sectors are what makes a block be read, changed and written; one volume of them is enough.
         self.volumes[1..].iter_mut().for_each(|volume| volume.unit = 4096);
-        let wanted: u64 = self.volumes.iter().map(|volume| volume.size * u64::from(volume.replicas)).sum();
-        // Beside what is stored a store wants working space, and repair room for a whole chunk.
-        self.shape.cs_disk = (2 << 20) + (wanted * 2 / 3 / self.shape.cs as u64).next_multiple_of(1 << 20).max(3 << 20);
+        self.volumes.iter_mut().for_each(|volume| volume.replicas = volume.replicas.max(2));
+        // The smallest store there is.
+        self.shape.cs_disk = cairn_store::SLOTS_MIN * BLOCK_SIZE_U64;
+        let copies: u64 = self.volumes.iter().map(|volume| u64::from(volume.replicas)).sum();
+        let size = self.shape.cs as u64 * self.shape.cs_disk * 3 / 2 / copies;
+        self.volumes.iter_mut().for_each(|volume| volume.size = (size >> 20 << 20).min(VOLUME_MAX));
         self.chaos_ns = rng.range(30 * SECOND, 60 * SECOND);
     }
 
