@@ -185,9 +185,13 @@ impl Scenario {
             return self.act_on_names(client);
         }
         let volume = load.rng.below(load.holds.len() as u64) as usize;
-        match load.holds[volume] {
+        let hold = load.holds[volume];
+        let leaves = matches!(hold, Hold::Open(_)) && load.rng.chance(1, 120);
+        let leaves = leaves && !self.waits_for_room(client, volume);
+        let load = &mut self.loads[client];
+        match hold {
             Hold::Closed if load.rng.chance(1, 4) => self.open(client, volume),
-            Hold::Open(handle) if load.rng.chance(1, 120) => self.release(client, volume, handle),
+            Hold::Open(handle) if leaves => self.release(client, volume, handle),
             Hold::Open(handle) => self.act_on_blocks(client, volume, handle),
             Hold::Closed | Hold::Opening | Hold::Closing => {}
         }
@@ -218,6 +222,13 @@ impl Scenario {
         });
     }
 
+    /// True when a client has writes under way where disks are full: who closes meanwhile can make no room any more, and
+    /// nobody else can while it holds the lease.
+    fn waits_for_room(&self, client: usize, volume: usize) -> bool {
+        let writes = |kind: &Kind| matches!(kind, Kind::Write { volume: of, .. } | Kind::CompareAndWrite { volume: of, .. } if *of == volume);
+        self.plan.full && self.pending.values().any(|op| op.client == client && writes(&op.kind) && op.kind.needs_room())
+    }
+
     fn release(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
         let load = &mut self.loads[client];
         load.holds[volume] = Hold::Closing;
@@ -242,7 +253,8 @@ impl Scenario {
             for volume in 0..self.loads[client].holds.len() {
                 let load = &mut self.loads[client];
                 let Hold::Open(handle) = load.holds[volume] else { continue };
-                if load.recalled[volume] && load.rng.chance(1, 10) && !self.is_idle(client) {
+                let now = load.recalled[volume] && load.rng.chance(1, 10);
+                if now && !self.is_idle(client) && !self.waits_for_room(client, volume) {
                     self.release(client, volume, handle);
                 }
             }

@@ -150,6 +150,9 @@ impl Scenario {
     pub(super) fn tend_members(&mut self) {
         let now = self.now();
         let Some((change, step)) = self.members.change else { return };
+        if self.cluster.operator.is_some_and(|node| self.cluster.world.nodes[node.0].paused) {
+            return;
+        }
         match (change, step) {
             (_, Step::CallAt(at)) if at <= now => self.call_operator(change),
             (Change::DrainCs(index), Step::AtWork(regret)) => {
@@ -195,6 +198,8 @@ impl Scenario {
     pub(super) fn may_leave(&self, node: NodeIndex) -> bool {
         let leaving = match self.members.change {
             Some((Change::RemoveMds(index), _)) => Some(self.cluster.mds[index].node),
+            // One that starts anew just after it was drained is told that it was removed.
+            Some((Change::DrainCs(index) | Change::KeepCs(index), _)) => Some(self.cluster.cs[index].node),
             _ => None,
         };
         leaving == Some(node) || self.members.wiped_mds == Some(node)
@@ -269,6 +274,12 @@ impl Scenario {
                     self.retire_cs(index);
                 }
                 None
+            }
+            // Another one is away: the one without its log leaves when that one is back.
+            (Change::RemoveMds(index), Err(MdsError::Refused(_)))
+                if self.members.wiped_mds == Some(self.cluster.mds[index].node) =>
+            {
+                Some((change, Step::CallAt(now + AGAIN_AFTER)))
             }
             (_, Err(MdsError::Refused(_))) => None,
             (_, Err(_)) => Some((change, Step::CallAt(now + AGAIN_AFTER))),

@@ -28,7 +28,9 @@ use faults::Faults;
 use load::{Load, Pending};
 use members::Members;
 use plan::Plan;
-pub(crate) use plan::{SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY};
+pub(crate) use plan::{
+    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_ISLAND, SEEDS_MEMBERS, SEEDS_OF, SEEDS_OLD_COPY,
+};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;

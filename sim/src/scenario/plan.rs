@@ -46,7 +46,7 @@ pub(crate) const SEEDS_ISLAND: u64 = 1;
 pub(crate) const SEEDS_FLUSH_FAILS: u64 = 10;
 pub(crate) const SEEDS_OLD_COPY: u64 = 7;
 pub(crate) const SEEDS_FULL: u64 = 3;
-const SEEDS_MEMBERS: u64 = 17;
+pub(crate) const SEEDS_MEMBERS: u64 = 17;
 
 /// The largest volume drawn: as many chunks as the scenario looks at.
 const VOLUME_MAX: u64 = 56 << 20;
