@@ -283,7 +283,8 @@ impl Cluster {
         let servers = self.cs.iter().map(|cs| cs.node);
         for node in servers.chain(self.clients.iter().copied()).chain(self.operator).collect::<Vec<_>>() {
             let of_server = self.world.inspect::<CsCore, _>(node, |core| core.mds_servers().to_vec());
-            let known = of_server.or_else(|| self.world.inspect::<ClientCore, _>(node, |core| core.mds_servers().to_vec()));
+            let known =
+                of_server.or_else(|| self.world.inspect::<ClientCore, _>(node, |core| core.mds_servers().to_vec()));
             if let Some(known) = known.filter(|known| !known.is_empty()) {
                 self.addresses.entry(node).or_default().known = known;
             }

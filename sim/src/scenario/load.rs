@@ -226,7 +226,8 @@ impl Scenario {
     /// nobody else can while it holds the lease.
     fn waits_for_room(&self, client: usize, volume: usize) -> bool {
         let writes = |kind: &Kind| matches!(kind, Kind::Write { volume: of, .. } | Kind::CompareAndWrite { volume: of, .. } if *of == volume);
-        self.plan.full && self.pending.values().any(|op| op.client == client && writes(&op.kind) && op.kind.needs_room())
+        self.plan.full
+            && self.pending.values().any(|op| op.client == client && writes(&op.kind) && op.kind.needs_room())
     }
 
     fn release(&mut self, client: usize, volume: usize, handle: VolumeHandle) {

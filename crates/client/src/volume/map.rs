@@ -517,13 +517,7 @@ impl Volume {
         ctx.call(request, self.waiter(VolumeCall::Fetch { index, nth: self.fetches }));
     }
 
-    pub(super) fn on_fetched(
-        &mut self,
-        ctx: &mut Ctx<'_>,
-        index: u64,
-        nth: u64,
-        result: Result<MdsReply, MdsError>,
-    ) {
+    pub(super) fn on_fetched(&mut self, ctx: &mut Ctx<'_>, index: u64, nth: u64, result: Result<MdsReply, MdsError>) {
         let Some(chunk) = self.chunks.get_mut(&index) else { return };
         if std::mem::take(&mut chunk.refreshing) && !chunk.fetching {
             if let Ok(MdsReply::Chunks(entries)) = result {
@@ -565,7 +559,8 @@ impl Volume {
         let version = self.chunk(index).entry.as_ref().map(|entry| entry.version);
         let unchanged = again && found && version == before;
         let chunk = self.chunk(index);
-        let absent = chunk.absent.as_mut().filter(|absent| found && Some(absent.version) == version && nth > absent.after);
+        let absent =
+            chunk.absent.as_mut().filter(|absent| found && Some(absent.version) == version && nth > absent.after);
         let answered = absent.map(|absent| absent.sure = true).is_some();
         let urgent = chunk.raise || !unchanged || answered;
         if urgent {
@@ -690,7 +685,8 @@ impl Volume {
     pub(super) fn fail_waiting_writes(&mut self, ctx: &mut Ctx<'_>, index: u64, error: &BlockError) {
         let waiting = std::mem::take(&mut self.chunk(index).waiting);
         for part in waiting {
-            let fresh = self.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0 && !w.unmap));
+            let fresh =
+                self.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0 && !w.unmap));
             if fresh {
                 self.finish_part(ctx, part, Err(error.clone()));
             } else {

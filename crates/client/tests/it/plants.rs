@@ -1,6 +1,8 @@
 //! Every planted bug of the client is seen by a test that passes without it.
 
-use crate::faults::{moved_chunks_are_found, release_makes_durable, reopening_goes_on, stale_replica_is_not_read, storm};
+use crate::faults::{
+    moved_chunks_are_found, release_makes_durable, reopening_goes_on, stale_replica_is_not_read, storm,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 fn found(name: &'static str, seeds: u64, scenario: impl Fn(u64)) {

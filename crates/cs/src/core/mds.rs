@@ -162,8 +162,7 @@ impl MdsLink {
 
     /// The address to try next: those the metadata servers told in turn, and one of the others after each round.
     fn next_address(&mut self, configured: &[SocketAddr]) -> Option<SocketAddr> {
-        let others: Vec<SocketAddr> =
-            configured.iter().copied().filter(|addr| !self.servers.contains(addr)).collect();
+        let others: Vec<SocketAddr> = configured.iter().copied().filter(|addr| !self.servers.contains(addr)).collect();
         let round = self.servers.len() + usize::from(!others.is_empty());
         let nth = self.target;
         self.target = self.target.wrapping_add(1);
