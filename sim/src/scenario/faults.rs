@@ -80,6 +80,10 @@ impl Scenario {
         }
         let after = self.faults.rng.range(MS, self.plan.fault_every);
         self.cluster.world.wake_driver(after, TOKEN_FAULT);
+        // One lost disk is enough until its copies have been made anew.
+        if self.members.replaces_a_disk() {
+            return Ok(());
+        }
         let kind = *self.faults.rng.choose(&self.plan.faults).expect("not empty");
         let nodes = self.cluster.all_nodes();
         match kind {
@@ -158,6 +162,12 @@ impl Scenario {
             FaultKind::Members => self.change_members()?,
         }
         Ok(())
+    }
+
+    /// True while everything that failed is whole again.
+    pub(super) fn is_quiet(&self) -> bool {
+        let slow = |node: &NodeIndex| self.cluster.world.nodes[node.0].disk_delay_ns > 0;
+        self.faults.restores.is_empty() && !self.cluster.all_nodes().iter().any(slow)
     }
 
     fn later(&mut self, restore: Restore) {

@@ -180,7 +180,15 @@ impl Scenario {
         if self.is_idle(client) || self.loads[client].in_flight >= in_flight_max {
             return;
         }
+        let only_trims = self.loads[client].in_flight >= self.plan.in_flight_max;
         let load = &mut self.loads[client];
+        if only_trims {
+            let volume = load.rng.below(load.holds.len() as u64) as usize;
+            if let (Hold::Open(handle), false) = (load.holds[volume], load.shared[volume]) {
+                self.drain(client, volume, handle);
+            }
+            return;
+        }
         if load.rng.chance(1, 25) {
             return self.act_on_names(client);
         }
