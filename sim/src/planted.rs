@@ -92,8 +92,11 @@ pub const PLANTED: &[Planted] = &[
     bug("store_checkpoint_drops_last", Invariant::I8, 100),
     with_failing_flushes(bug("store_recovered_not_rewritten", Invariant::I17, 100)),
     amid_changes(bug("absence_not_confirmed", Invariant::I3, 200)),
+    amid_changes(bug("servers_of_the_start_only", Invariant::I8, 600)),
+    amid_changes(bug("answers_only_whom_it_knows", Invariant::I17, 1000)),
+    on_small_disks(bug("full_copy_never_freshened", Invariant::I16, 600)),
     on_small_disks(bug("store_trim_needs_room", Invariant::I16, 100)),
-    on_small_disks(bug("refused_write_not_taken_back", Invariant::I3, 200)),
+    on_small_disks(bug("refused_write_not_taken_back", Invariant::I5, 200)),
     with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 100)),
     bug("store_trust_tail", Invariant::I1, 100),
 ];

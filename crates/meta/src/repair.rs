@@ -267,7 +267,7 @@ impl<K: Kv> Meta<K> {
         // meanwhile frees what its old copy takes, which nothing else would ever do.
         for cs in full_ones.into_iter().filter(|cs| self.standing(*cs) == Standing::Good && !is_busy(cs)) {
             let conflict = strict && members.iter().any(|member| domain(*member) == domain(cs));
-            if targets.len() < missing && !conflict {
+            if targets.len() < missing && !conflict && !planted!("full_copy_never_freshened") {
                 members.push(cs);
                 targets.push(cs);
             }

@@ -11,7 +11,7 @@ use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
 use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
 use cairn_wire::mds::{Location, MdsInfo, SessionKind};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 /// Bytes of a chunk server's disk, where room does not matter.
@@ -85,6 +85,8 @@ pub(super) struct Cluster {
     pub operator: Option<NodeIndex>,
     pub shape: Shape,
     addresses: BTreeMap<NodeIndex, Addresses>,
+    /// Who was down, frozen or cut off, and has not been seen to know a metadata server since.
+    away: BTreeSet<NodeIndex>,
     rng: Rng,
 }
 
@@ -123,7 +125,7 @@ impl Cluster {
     pub fn new(seed: u64, shape: Shape, rng: Rng) -> Self {
         let world = World::new(seed);
         let (mds, cs, clients, addresses) = (Vec::new(), Vec::new(), Vec::new(), BTreeMap::new());
-        Self { world, mds, cs, clients, operator: None, shape, addresses, rng }
+        Self { world, mds, cs, clients, operator: None, shape, addresses, away: BTreeSet::new(), rng }
     }
 
     fn next_rng(&mut self) -> Rng {
@@ -210,11 +212,16 @@ impl Cluster {
         addresses.clone()
     }
 
-    /// True when a process that runs knows none of the metadata servers: they were all replaced while it was cut off.
-    pub fn is_forsaken(&self, node: NodeIndex) -> bool {
+    fn knows_somebody(&self, node: NodeIndex) -> bool {
         let present = self.mds_addrs();
         let knows = |a: &Addresses| a.given.iter().chain(&a.known).any(|addr| present.contains(addr));
-        self.is_running(node) && !self.addresses.get(&node).is_some_and(knows)
+        self.addresses.get(&node).is_some_and(knows)
+    }
+
+    /// True when a process that runs knows none of the metadata servers, because they were all replaced while it was
+    /// away. Who was there all the time is to find them by itself.
+    pub fn is_forsaken(&self, node: NodeIndex) -> bool {
+        self.is_running(node) && self.away.contains(&node) && !self.knows_somebody(node)
     }
 
     /// Makes a chunk server on a host of its own.
@@ -287,6 +294,11 @@ impl Cluster {
                 of_server.or_else(|| self.world.inspect::<ClientCore, _>(node, |core| core.mds_servers().to_vec()));
             if let Some(known) = known.filter(|known| !known.is_empty()) {
                 self.addresses.entry(node).or_default().known = known;
+            }
+            if !self.is_running(node) || self.world.nodes[node.0].paused || self.world.net.cuts_off(node) {
+                self.away.insert(node);
+            } else if self.knows_somebody(node) {
+                self.away.remove(&node);
             }
         }
         for cs in &mut self.cs {

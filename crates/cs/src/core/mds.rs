@@ -10,6 +10,7 @@ use super::CsCore;
 use super::control::{Audience, Control};
 use super::rebuild::RebuildOrder;
 use crate::lineage::Lineage;
+use cairn_stdx::planted;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{
     Call, ChunkReport, CsOrder, CsProfile, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push,
@@ -556,6 +557,9 @@ impl CsCore {
             }
             (Asked::Mark { durable }, Ok(MdsReply::Done)) => self.mds.marked = durable,
             (Asked::Topology, Ok(MdsReply::Topology { mds, .. })) if !mds.is_empty() => {
+                if planted!("servers_of_the_start_only") {
+                    return;
+                }
                 self.mds.servers = mds.iter().map(|info| info.addr).take(SERVERS_MAX).collect();
             }
             (_, Ok(MdsReply::CsTurnedAway { reason })) => {
