@@ -2,9 +2,9 @@
 //! removes them, and machines come back with an empty disk. One change at a time, each carried through: an operator
 //! whose call fails calls again.
 //!
-//! What stays survivable: a chunk server is wiped only while nothing else is away and every chunk of it has another
-//! current copy, where no volume has a single one, and nothing else fails until it was replaced; a metadata server only
-//! while three vote; each once a run.
+//! What stays survivable: a chunk server is wiped only in seeds where nothing else takes copies away and no volume has a
+//! single one, while every chunk of it has another current copy, and nothing else fails until it was replaced; a
+//! metadata server only while three vote; each once a run.
 
 use super::cluster::SimMds;
 use super::load::{Kind, Pending};
@@ -139,8 +139,7 @@ impl Scenario {
     fn wipe_cs(&mut self, index: usize) -> Result<bool, Box<crate::checkers::shadow::Broken>> {
         let Some(id) = self.cluster.cs[index].id else { return Ok(false) };
         // A chunk allocated a moment ago, or in a moment, has no copy elsewhere where volumes have one.
-        let single = self.plan.volumes.iter().any(|volume| volume.replicas < 2);
-        if single || !self.is_quiet() || self.is_last_copy(id) {
+        if !self.plan.may_lose_a_disk() || !self.is_quiet() || self.is_last_copy(id) {
             return Ok(false);
         }
         self.members.wiped_cs = true;
