@@ -1,5 +1,5 @@
-//! Runs seeds without building the whole product: `seeds FIRST [COUNT [APART]] [--trace] [--faultless]`, with a planted bug
-//! when `CAIRN_PLANT` names one; or `seeds planted NAME [SEEDS_MAX]`; or `seeds planted some [DRAW]`. Prints every
+//! Runs seeds without building the whole product: `seeds FIRST [COUNT [APART]] [--trace] [--faultless]`, with a planted
+//! bug when `CAIRN_PLANT` names one; or `seeds planted NAME [SEEDS_MAX]`; or `seeds planted some [DRAW]`. Prints every
 //! broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};

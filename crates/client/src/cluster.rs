@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! /etc/cairn/clusters/NAME/bs.list           one ADDRESS:PORT of a metadata server a line; # begins a comment
-//! /etc/cairn/clusters/NAME/mds.list          the same, as the cluster told it last; written by clients, never by people
+//! /etc/cairn/clusters/NAME/mds.list          the same, as the cluster told it last; written by clients
 //! /etc/cairn/clusters/NAME/auth_digest.key   the cluster key, 64 hexadecimal digits, readable by its owner only
 //! /etc/cairn/host_id                         identity of this host, 32 hexadecimal digits
 //! ```

@@ -263,8 +263,8 @@ impl<K: Kv> Meta<K> {
         let found = placement::choose(&wish, &slots);
         targets.extend(&found);
         members.extend(&found);
-        // With nowhere else to go a full server is tried: below the minimum nobody could even trim, and what was trimmed
-        // meanwhile frees what its old copy takes, which nothing else would ever do.
+        // With nowhere else to go a full server is tried: below the minimum nobody could even trim, and what was
+        // trimmed meanwhile frees what its old copy takes, which nothing else would ever do.
         for cs in full_ones.into_iter().filter(|cs| self.standing(*cs) == Standing::Good && !is_busy(cs)) {
             let conflict = strict && members.iter().any(|member| domain(*member) == domain(cs));
             if targets.len() < missing && !conflict && !planted!("full_copy_never_freshened") {

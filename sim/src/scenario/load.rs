@@ -230,8 +230,8 @@ impl Scenario {
         });
     }
 
-    /// True when a client has writes under way where disks are full: who closes meanwhile can make no room any more, and
-    /// nobody else can while it holds the lease.
+    /// True when a client has writes under way where disks are full: who closes meanwhile can make no room any more,
+    /// and nobody else can while it holds the lease.
     fn waits_for_room(&self, client: usize, volume: usize) -> bool {
         let writes = |kind: &Kind| matches!(kind, Kind::Write { volume: of, .. } | Kind::CompareAndWrite { volume: of, .. } if *of == volume);
         self.plan.full

@@ -2,8 +2,8 @@
 //! removes them, and machines come back with an empty disk. One change at a time, each carried through: an operator
 //! whose call fails calls again.
 //!
-//! What stays survivable: a chunk server is wiped only in seeds where nothing else takes copies away and no volume has a
-//! single one, while every chunk of it has another current copy, and nothing else fails until it was replaced; a
+//! What stays survivable: a chunk server is wiped only in seeds where nothing else takes copies away and no volume has
+//! a single one, while every chunk of it has another current copy, and nothing else fails until it was replaced; a
 //! metadata server only while three vote; each once a run.
 
 use super::cluster::SimMds;

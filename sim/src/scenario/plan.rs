@@ -188,8 +188,8 @@ impl Plan {
         }
     }
 
-    /// True when nothing that takes a copy out of its set happens beside a disk that is lost: a client that does not get
-    /// through would leave the lost one alone in it.
+    /// True when nothing that takes a copy out of its set happens beside a disk that is lost: a client that does not
+    /// get through would leave the lost one alone in it.
     pub fn may_lose_a_disk(&self) -> bool {
         let harmless = |fault: &FaultKind| *fault == FaultKind::Members || WITH_ROT.contains(fault);
         self.faults.iter().all(harmless) && self.volumes.iter().all(|volume| volume.replicas >= 2)

@@ -57,15 +57,15 @@ impl Entry {
     }
 }
 
-/// Every current replica of a version has no such chunk. Either nobody ever created it, or it has moved to other servers
-/// and was deleted where it was: only the map tells, asked after the servers.
+/// Every current replica of a version has no such chunk. Either nobody ever created it, or it has moved to other
+/// servers and was deleted where it was: only the map tells, asked after the servers.
 #[derive(Clone, Copy)]
 struct Absent {
     version: ChunkVersion,
     /// The last look at the map before the servers had answered.
     after: u64,
-    /// A later one found this version in force: the chunk was never created, and what it would hold are zeros, until it
-    /// is created from here.
+    /// A later one found this version in force: the chunk was never created, and what it would hold are zeros, until
+    /// it is created from here.
     sure: bool,
 }
 
@@ -680,8 +680,8 @@ impl Volume {
         }
     }
 
-    /// Ends the writes that wait for a chunk there will not be. Trims go on: where there is no chunk they find nothing to
-    /// do.
+    /// Ends the writes that wait for a chunk there will not be. Trims go on: where there is no chunk they find nothing
+    /// to do.
     pub(super) fn fail_waiting_writes(&mut self, ctx: &mut Ctx<'_>, index: u64, error: &BlockError) {
         let waiting = std::mem::take(&mut self.chunk(index).waiting);
         for part in waiting {

@@ -1,9 +1,9 @@
 //! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
 //!
 //! Copies just made are reported within seconds, all copies hourly. One call is outstanding at a time. A follower
-//! names the leader; when nobody answers, the addresses that the metadata servers told last are tried in turn, and after
-//! each round of them one of those configured, with a bounded, growing pause. So a server finds the group however often
-//! its members were replaced, as long as it heard of some of the present ones.
+//! names the leader; when nobody answers, the addresses that the metadata servers told last are tried in turn, and
+//! after each round of them one of those configured, with a bounded, growing pause. So a server finds the group however
+//! often its members were replaced, as long as it heard of some of the present ones.
 //! Data requests never wait for any of this.
 
 use super::CsCore;
