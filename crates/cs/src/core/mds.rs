@@ -28,7 +28,7 @@ pub const REPORT_EVERY: Duration = Duration::from_secs(3600);
 /// Copies in one piece of a report.
 pub const REPORT_PAGE: usize = 4096;
 /// The addresses of all metadata servers are asked for this often at most.
-pub const TOPOLOGY_EVERY: Duration = Duration::from_secs(5);
+pub const TOPOLOGY_EVERY: Duration = Duration::from_millis(500);
 /// Addresses of metadata servers that are kept; a cluster has at most fifteen.
 const SERVERS_MAX: usize = 64;
 /// A metadata server that does not answer for this long is left for another.

@@ -383,7 +383,7 @@ fn the_addresses_told_at_the_start_count_when_nobody_is_where_the_group_was() {
 }
 
 #[test]
-fn many_changes_of_the_topology_are_asked_for_every_few_seconds_only() {
+fn many_changes_of_the_topology_are_asked_for_twice_a_second_at_most() {
     let (mut world, _) = ready(17);
     let before = world.nodes[0].topologies;
     for _ in 0..600 {
@@ -391,7 +391,7 @@ fn many_changes_of_the_topology_are_asked_for_every_few_seconds_only() {
         world.pass(Duration::from_millis(100));
     }
     let asked = world.nodes[0].topologies - before;
-    assert!((8..=14).contains(&asked), "{asked} times in a minute");
+    assert!((60..=130).contains(&asked), "{asked} times in a minute");
 }
 
 #[test]
