@@ -1,5 +1,5 @@
-//! Runs seeds without building the whole product: `seeds FIRST [COUNT] [--trace] [--faultless]`, with a planted bug
-//! when `CAIRN_PLANT` names one; or `seeds planted NAME [SEEDS_MAX]`; or `seeds planted some [DRAW]`. Prints every
+//! Runs seeds without building the whole product: `seeds FIRST [COUNT [APART]] [--trace] [--faultless]`, with a planted
+//! bug when `CAIRN_PLANT` names one; or `seeds planted NAME [SEEDS_MAX]`; or `seeds planted some [DRAW]`. Prints every
 //! broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};
@@ -27,7 +27,7 @@ fn main() {
         }
     }
     let number = |at: usize| plain.get(at).and_then(|word| word.parse::<u64>().ok());
-    let (first, count) = (number(0).unwrap_or(1), number(1).unwrap_or(1));
+    let (first, count, apart) = (number(0).unwrap_or(1), number(1).unwrap_or(1), number(2).unwrap_or(1));
     let options = Options { verbose: flag("--trace"), frames: flag("--frames"), faultless: flag("--faultless") };
     if let Ok(name) = std::env::var("CAIRN_PLANT") {
         let known = cairn_sim::planted::PLANTED.iter().find(|bug| bug.name == name).expect("a planted bug of the list");
@@ -36,7 +36,7 @@ fn main() {
     let begun = std::time::Instant::now();
     let mut found: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let (mut virtual_ns, mut steps) = (0u64, 0u64);
-    for seed in first..first + count {
+    for seed in (first..).step_by(apart as usize).take(count as usize) {
         let outcome = run(seed, &options);
         virtual_ns += outcome.virtual_ns;
         steps += outcome.steps;

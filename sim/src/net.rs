@@ -53,6 +53,11 @@ impl Network {
         self.blocked.contains(&(from, to))
     }
 
+    /// True when some path from or to a node is cut.
+    pub(crate) fn cuts_off(&self, node: NodeIndex) -> bool {
+        self.blocked.iter().any(|(from, to)| *from == node || *to == node)
+    }
+
     /// Cuts or heals a direction; on healing gives the connections and directions whose queued frames may go on.
     pub(crate) fn set_blocked(&mut self, from: NodeIndex, to: NodeIndex, blocked: bool) -> Vec<(u64, bool)> {
         if blocked {

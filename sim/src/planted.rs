@@ -4,7 +4,8 @@
 use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
 use crate::scenario::{
-    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY,
+    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS,
+    SEEDS_OF, SEEDS_OLD_COPY,
 };
 use cairn_stdx::{Rng, planted};
 
@@ -48,6 +49,16 @@ const fn on_islands(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_ISLAND, SEEDS_OF), ..bug }
 }
 
+/// Looked for in seeds where disks get full.
+const fn on_small_disks(bug: Planted) -> Planted {
+    Planted { seeds: (SEEDS_FULL, SEEDS_OF), ..bug }
+}
+
+/// Looked for in seeds where servers come and go.
+const fn amid_changes(bug: Planted) -> Planted {
+    Planted { seeds: (SEEDS_MEMBERS, SEEDS_OF), ..bug }
+}
+
 /// The planted bugs.
 pub const PLANTED: &[Planted] = &[
     bug("acknowledge_before_all_replicas", Invariant::I3, 100),
@@ -86,6 +97,12 @@ pub const PLANTED: &[Planted] = &[
     in_cut_hosts(bug("store_flush_covers_later", Invariant::I3, RARE)),
     bug("store_checkpoint_drops_last", Invariant::I8, 100),
     with_failing_flushes(bug("store_recovered_not_rewritten", Invariant::I17, 100)),
+    amid_changes(bug("absence_not_confirmed", Invariant::I3, 200)),
+    amid_changes(bug("servers_of_the_start_only", Invariant::I8, 600)),
+    amid_changes(bug("answers_only_whom_it_knows", Invariant::I17, 1000)),
+    on_small_disks(bug("full_copy_never_freshened", Invariant::I16, 600)),
+    on_small_disks(bug("store_trim_needs_room", Invariant::I16, 100)),
+    on_small_disks(bug("refused_write_not_taken_back", Invariant::I5, 200)),
     with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 100)),
     bug("store_trust_tail", Invariant::I1, 100),
 ];

@@ -91,14 +91,14 @@ impl Context {
         Ok(self.files()?.key()?)
     }
 
-    /// Addresses of the metadata servers: given with `--mds-addr`, else from bs.list.
+    /// Addresses of the metadata servers: given with `--mds-addr`, else from bs.list and from what the cluster told.
     pub fn mds(&self) -> Result<Vec<SocketAddr>> {
         if !self.mds_addr.is_empty() {
             return self.mds_addr.iter().map(|text| address(text, MDS_PORT)).collect();
         }
         let files = self.files()?;
         if self.bootstrap.is_empty() || files.bs_list_path().exists() {
-            return Ok(self.bootstrap.iter().copied().chain(files.servers()?).collect());
+            return Ok(self.bootstrap.iter().copied().chain(files.all_servers()?).collect());
         }
         Ok(self.bootstrap.clone())
     }
@@ -128,6 +128,7 @@ impl Context {
             purpose: purpose.to_owned(),
             kind,
             on_no_space: OnNoSpace::Fail,
+            keep_servers: Some(self.files()?),
         })
     }
 

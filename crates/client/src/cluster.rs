@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! /etc/cairn/clusters/NAME/bs.list           one ADDRESS:PORT of a metadata server a line; # begins a comment
+//! /etc/cairn/clusters/NAME/mds.list          the same, as the cluster told it last; written by clients
 //! /etc/cairn/clusters/NAME/auth_digest.key   the cluster key, 64 hexadecimal digits, readable by its owner only
 //! /etc/cairn/host_id                         identity of this host, 32 hexadecimal digits
 //! ```
@@ -15,6 +16,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Port of a metadata server when a line of `bs.list` gives none.
 pub const MDS_PORT_DEFAULT: u16 = 2510;
@@ -141,6 +143,51 @@ impl ClusterFiles {
         parse_servers(&path, &self.read(&path)?)
     }
 
+    /// Those of `bs.list`, then those that the cluster told last and people did not write down.
+    ///
+    /// # Errors
+    /// [`ClusterFileError`], of `bs.list`.
+    pub fn all_servers(&self) -> Result<Vec<SocketAddr>, ClusterFileError> {
+        let mut servers = self.servers()?;
+        let more: Vec<SocketAddr> = self.kept_servers().into_iter().filter(|addr| !servers.contains(addr)).collect();
+        servers.extend(more);
+        Ok(servers)
+    }
+
+    fn kept_path(&self) -> PathBuf {
+        self.dir.join("mds.list")
+    }
+
+    /// What [`ClusterFiles::keep_servers`] kept; a file that is missing or damaged names nobody.
+    fn kept_servers(&self) -> Vec<SocketAddr> {
+        let text = std::fs::read_to_string(self.kept_path()).unwrap_or_default();
+        text.lines().filter_map(|line| line.trim().parse().ok()).take(BS_LIST_MAX).collect()
+    }
+
+    /// Keeps the addresses of all metadata servers as the cluster told them, unless they stand there already.
+    ///
+    /// # Errors
+    /// [`ClusterFileError::Io`].
+    pub fn keep_servers(&self, servers: &[SocketAddr]) -> Result<(), ClusterFileError> {
+        if servers == self.kept_servers() {
+            return Ok(());
+        }
+        let lines: String = servers.iter().map(|addr| format!("{addr}\n")).collect();
+        write_atomically(&self.kept_path(), lines.as_bytes(), 0o644)
+    }
+
+    /// Forgets what the cluster told: it was made anew elsewhere.
+    ///
+    /// # Errors
+    /// [`ClusterFileError::Io`].
+    pub fn forget_kept_servers(&self) -> Result<(), ClusterFileError> {
+        let path = self.kept_path();
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// The cluster key.
     ///
     /// # Errors
@@ -223,7 +270,10 @@ pub fn parse_servers_with(
 fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(), ClusterFileError> {
     let dir = path.parent().expect("the path has a directory");
     std::fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).map_err(io_error("create directory", dir))?;
-    let temporary = path.with_extension(format!("new.{}", std::process::id()));
+    // Clients of one process may write at the same time.
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let nth = NEXT.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_extension(format!("new.{}.{nth}", std::process::id()));
     let write = || -> io::Result<()> {
         let mut file =
             std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
@@ -305,6 +355,15 @@ mod tests {
         assert!(matches!(files.servers(), Err(ClusterFileError::Unknown { .. })));
         files.write_servers(&["127.0.0.1:9".parse().unwrap()]).unwrap();
         assert_eq!(files.servers().unwrap().len(), 1);
+        let told: Vec<SocketAddr> = vec!["127.0.0.1:9".parse().unwrap(), "127.0.0.1:10".parse().unwrap()];
+        files.keep_servers(&told).unwrap();
+        assert_eq!(files.all_servers().unwrap(), told);
+        assert_eq!(files.servers().unwrap().len(), 1, "the list of people stays as it is");
+        files.keep_servers(&told[1..]).unwrap();
+        assert_eq!(files.all_servers().unwrap(), told);
+        files.forget_kept_servers().unwrap();
+        files.forget_kept_servers().unwrap();
+        assert_eq!(files.all_servers().unwrap(), told[..1]);
         let key = ClusterKey::from_hex(&"ab".repeat(32)).unwrap();
         files.write_key(&key).unwrap();
         assert_eq!(files.key().unwrap(), key);

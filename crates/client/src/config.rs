@@ -1,5 +1,6 @@
 //! What the client is told, what it promises, and its bounds.
 
+use crate::cluster::ClusterFiles;
 use cairn_types::{ClientId, ClusterId, Duration, HostId, VolumeId};
 use cairn_wire::auth::ClusterKey;
 use cairn_wire::mds::{MdsError, SessionKind};
@@ -85,6 +86,8 @@ pub struct ClientConfig {
     pub kind: SessionKind,
     /// What writes do when the cluster is full.
     pub on_no_space: OnNoSpace,
+    /// Where the addresses of the metadata servers are kept for the next start on this host when they change.
+    pub keep_servers: Option<ClusterFiles>,
 }
 
 impl ClientConfig {

@@ -19,6 +19,7 @@ use cairn_wire::mds::{LeaseGrant, LeaseMode, MdsError, MdsReply, MdsRequest, Pus
 use cairn_wire::{Effects, Event, NetEvent, Now, Process};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 use std::rc::Rc;
 
 /// Called with the outcome of an open.
@@ -141,6 +142,11 @@ impl ClientCore {
     /// Work finished since the last call, in order.
     pub fn take_completions(&mut self) -> Vec<Completion> {
         std::mem::take(&mut self.done)
+    }
+
+    /// The metadata servers as they told them last, empty before; the shell writes them down for the next start.
+    pub fn mds_servers(&self) -> &[SocketAddr] {
+        self.session.servers()
     }
 
     /// The session's id, while one is open.
@@ -496,7 +502,7 @@ impl ClientCore {
                 self.topology_asked = false;
                 if let Ok(MdsReply::Topology { mds, cs, .. }) = result {
                     let (mut ctx, _) = self.ctx(now, out);
-                    ctx.session.learn(mds.iter().map(|info| info.addr));
+                    ctx.session.learn_servers(mds.iter().map(|info| info.addr).collect());
                     ctx.servers.learn(&mut ctx.io, &cs);
                 }
             }

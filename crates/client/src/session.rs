@@ -68,7 +68,11 @@ enum Link {
 
 /// See the module.
 pub(crate) struct Session {
+    /// All that are tried in turn: those in `servers`, those configured, and leaders that were named.
     addrs: Vec<SocketAddr>,
+    configured: Vec<SocketAddr>,
+    /// The metadata servers as they told them last.
+    servers: Vec<SocketAddr>,
     next_addr: usize,
     link: Link,
     attempts: u32,
@@ -109,6 +113,8 @@ impl Session {
     pub(crate) fn new(config: &CoreConfig) -> Self {
         Self {
             addrs: config.mds.clone(),
+            configured: config.mds.clone(),
+            servers: Vec::new(),
             next_addr: 0,
             link: Link::Down { retry_at: Instant(0) },
             attempts: 0,
@@ -174,13 +180,38 @@ impl Session {
         self.pump(io);
     }
 
-    /// Adds addresses learnt from the topology.
-    pub(crate) fn learn(&mut self, addrs: impl IntoIterator<Item = SocketAddr>) {
-        for addr in addrs {
-            if !self.addrs.contains(&addr) && self.addrs.len() < ADDRESSES_MAX {
-                self.addrs.push(addr);
+    /// The metadata servers as they told them last; empty before.
+    pub(crate) fn servers(&self) -> &[SocketAddr] {
+        &self.servers
+    }
+
+    /// The metadata servers are these: they are tried first, and those configured remain for bad days. Others are
+    /// forgotten, however many there were while this client ran.
+    pub(crate) fn learn_servers(&mut self, servers: Vec<SocketAddr>) {
+        if servers.is_empty() || servers == self.servers {
+            return;
+        }
+        let present = self.addrs.get(self.next_addr % self.addrs.len().max(1)).copied();
+        self.addrs.clear();
+        for addr in servers.iter().chain(&self.configured).take(ADDRESSES_MAX) {
+            if !self.addrs.contains(addr) {
+                self.addrs.push(*addr);
             }
         }
+        self.servers = servers;
+        // The link in use stays the one counted from; one that is no longer listed is followed by the first.
+        let at = present.and_then(|present| self.addrs.iter().position(|addr| *addr == present));
+        self.next_addr = at.unwrap_or(self.addrs.len() - 1);
+    }
+
+    /// Place of a leader that was named among the addresses; the last place is given up for it when there are too many.
+    fn place_of(&mut self, addr: SocketAddr) -> usize {
+        if let Some(at) = self.addrs.iter().position(|known| *known == addr) {
+            return at;
+        }
+        self.addrs.truncate(ADDRESSES_MAX - 1);
+        self.addrs.push(addr);
+        self.addrs.len() - 1
     }
 
     /// Asks the metadata servers; the answer comes through [`Session::answers`].
@@ -504,9 +535,8 @@ impl Session {
         io.close(link);
         match leader {
             Some(addr) => {
-                self.learn([addr]);
                 // Two servers that point at each other must not make us spin: only the first hop is free.
-                let at = self.addrs.iter().position(|known| *known == addr).unwrap_or(0);
+                let at = self.place_of(addr);
                 let same = at == self.next_addr % self.addrs.len();
                 self.next_addr = at;
                 self.reconnect_later(io);

@@ -3,6 +3,7 @@
 //! Callbacks run after the turn in which their work ended, outside of every borrow: they may submit again, which goes
 //! out with the next turn. All that is submitted within one turn leaves with one write per socket.
 
+use crate::cluster::ClusterFiles;
 use crate::config::{ClientConfig, ConnectError, OpenError, SizeRule};
 use crate::core::{ClientCore, Completion, Notice, VolumeHandle};
 use cairn_env::block::{BlockDevice, BlockDone, BlockError, BlockOp, BlockResult};
@@ -12,6 +13,7 @@ use cairn_types::{ClientId, ClusterId, Duration, Epoch, NodeId, VolumeId};
 use cairn_wire::mds::{LeaseGrant, LeaseMode, MdsError, MdsReply, MdsRequest, Push, SessionKind};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use tokio::sync::oneshot;
 
@@ -29,8 +31,15 @@ struct Inner {
     volumes: RefCell<BTreeMap<VolumeHandle, Weak<VolumeInner>>>,
     push_hooks: RefCell<Vec<PushHook>>,
     connecting: RefCell<Option<Connecting>>,
+    keep: Option<Keep>,
     /// Handles dropped without a close; closed at the next turn, because a drop may happen anywhere.
     dropped: RefCell<Vec<VolumeHandle>>,
+}
+
+/// Where addresses of metadata servers are kept, and what was kept last.
+struct Keep {
+    files: ClusterFiles,
+    kept: RefCell<Vec<SocketAddr>>,
 }
 
 struct Connecting {
@@ -101,6 +110,7 @@ impl LocalClient {
             volumes: RefCell::default(),
             push_hooks: RefCell::default(),
             connecting: RefCell::new(Some(connecting)),
+            keep: config.keep_servers.map(|files| Keep { files, kept: RefCell::default() }),
             dropped: RefCell::default(),
         }));
         let weak = Rc::downgrade(&client.0);
@@ -129,6 +139,7 @@ impl LocalClient {
             self.0.volumes.borrow_mut().remove(&handle);
             self.0.reactor.with(|core, now, out| core.close(now, handle, Box::new(|| ()), out));
         }
+        self.keep_servers();
         // Looking costs no turn when nothing has ended.
         let completions = self.0.reactor.peek_mut(ClientCore::take_completions);
         for completion in completions {
@@ -136,6 +147,20 @@ impl LocalClient {
                 Completion::Notice(notice) => self.notice(notice),
                 other => other.run(),
             }
+        }
+    }
+
+    /// Keeps the addresses of the metadata servers for the next start, when they changed.
+    fn keep_servers(&self) {
+        let Some(keep) = &self.0.keep else { return };
+        let mut kept = keep.kept.borrow_mut();
+        if self.0.reactor.peek(|core| core.mds_servers() == *kept) {
+            return;
+        }
+        *kept = self.0.reactor.peek(|core| core.mds_servers().to_vec());
+        if let Err(error) = keep.files.keep_servers(&kept) {
+            // The list people wrote still counts.
+            cairn_env_real::log::write_line(&format!("the addresses of the metadata servers are not kept: {error}"));
         }
     }
 

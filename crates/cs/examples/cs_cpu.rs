@@ -106,6 +106,7 @@ fn main() {
         capacity: 0,
         repository: String::new(),
         mds: Vec::new(),
+        mds_known: Vec::new(),
         durable_always: false,
         scrub_chunks_per_minute: 0,
     };

@@ -68,8 +68,10 @@ pub struct CsConfig {
     pub capacity: u64,
     /// Repository directory, for listings.
     pub repository: String,
-    /// Addresses of metadata servers.
+    /// Addresses of metadata servers, as people told them.
     pub mds: Vec<SocketAddr>,
+    /// Addresses of all metadata servers, as they told them last ([`CsCore::mds_servers`]): tried before the others.
+    pub mds_known: Vec<SocketAddr>,
     /// Make every write durable before its answer.
     pub durable_always: bool,
     /// Chunks the scrub verifies a minute; zero switches it off.
@@ -213,7 +215,7 @@ impl CsCore {
     /// A chunk server around a store that has not been started yet.
     pub fn new(config: CsConfig, store: Store, mut rng: Rng) -> Self {
         let boot = rng.next_u64() | 1;
-        let mds = mds::MdsLink::new(config.cs);
+        let mds = mds::MdsLink::new(config.cs, config.mds_known.clone());
         Self {
             mds,
             boot,
@@ -262,6 +264,12 @@ impl CsCore {
     /// Id given by the metadata servers; the shell writes it down when it changes.
     pub fn id(&self) -> Option<CsId> {
         self.mds.cs()
+    }
+
+    /// Addresses of all metadata servers, as they told them last; the shell writes them down when they change, for the
+    /// next start.
+    pub fn mds_servers(&self) -> &[SocketAddr] {
+        self.mds.servers()
     }
 
     /// True once the metadata servers know this start as the one that follows the last: nothing is served before.

@@ -1,6 +1,7 @@
 //! The directory of a chunk server on disk.
 //!
 //! ```text
+//! DIR/mds.list  addresses of all metadata servers as they told them last, one a line, replaced as a whole
 //! DIR/cs.conf   who the server is: `key = value` lines, replaced as a whole
 //! DIR/store     the chunk store: a preallocated file, or a link to a raw block device
 //! DIR/lock      locked while a process uses the directory
@@ -9,7 +10,8 @@
 use cairn_store::{FormatError, StoreConfig};
 use cairn_types::{BLOCK_SIZE_U64, ClusterId, CsId, HostId, format_size};
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -17,6 +19,9 @@ use std::path::{Path, PathBuf};
 const FORMAT_LINE: (&str, &str) = ("format", "1");
 /// Share of the free space a store takes unless told otherwise.
 const FREE_SHARE_PERCENT: u64 = 90;
+/// Name of the file with the addresses of the metadata servers, and how many are read.
+const MDS_LIST: &str = "mds.list";
+const MDS_LIST_MAX: usize = 64;
 /// Longest `cs.conf` read.
 const CONF_BYTES_MAX: u64 = 64 << 10;
 
@@ -257,6 +262,31 @@ impl Repository {
         self.dir.join("store")
     }
 
+    /// Addresses of the metadata servers as [`Repository::set_mds_list`] left them; a file that is missing or holds
+    /// something else names none, as `bs.list` of the host still does.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn mds_list(&self) -> Result<Vec<SocketAddr>, RepositoryError> {
+        let path = self.dir.join(MDS_LIST);
+        let mut text = Vec::new();
+        match File::open(&path).and_then(|file| file.take(CONF_BYTES_MAX).read_to_end(&mut text)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            read => read.map_err(system("read", &path))?,
+        };
+        let text = String::from_utf8_lossy(&text);
+        Ok(text.lines().filter_map(|line| line.trim().parse().ok()).take(MDS_LIST_MAX).collect())
+    }
+
+    /// Writes down the addresses of all metadata servers, durably.
+    ///
+    /// # Errors
+    /// When the directory cannot be written.
+    pub fn set_mds_list(&mut self, servers: &[SocketAddr]) -> Result<(), RepositoryError> {
+        let text: String = servers.iter().map(|addr| format!("{addr}\n")).collect();
+        replace_file(&self.dir, MDS_LIST, &text)
+    }
+
     /// Writes down the id the cluster gave, durably.
     ///
     /// # Errors
@@ -289,9 +319,14 @@ pub fn read_identity(dir: &Path) -> Result<CsIdentity, RepositoryError> {
 }
 
 fn write_identity(dir: &Path, identity: &CsIdentity) -> Result<(), RepositoryError> {
-    let (path, fresh) = (dir.join("cs.conf"), dir.join("cs.conf.new"));
+    replace_file(dir, "cs.conf", &identity.to_text())
+}
+
+/// Replaces a file of the directory as a whole, durably.
+fn replace_file(dir: &Path, name: &str, text: &str) -> Result<(), RepositoryError> {
+    let (path, fresh) = (dir.join(name), dir.join(format!("{name}.new")));
     let mut file = File::create(&fresh).map_err(system("create", &fresh))?;
-    file.write_all(identity.to_text().as_bytes()).map_err(system("write", &fresh))?;
+    file.write_all(text.as_bytes()).map_err(system("write", &fresh))?;
     file.sync_all().map_err(system("sync", &fresh))?;
     std::fs::rename(&fresh, &path).map_err(system("replace", &path))?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(system("sync", dir))
@@ -436,8 +471,17 @@ mod tests {
         assert_eq!(repository.identity(), &identity);
         assert!(matches!(Repository::open(&dir, "stor1"), Err(RepositoryError::InUse { .. })));
         repository.set_cs(CsId(1025)).unwrap();
+        assert_eq!(repository.mds_list().unwrap(), []);
+        let servers: Vec<SocketAddr> = vec!["10.0.0.1:2510".parse().unwrap(), "[fe80::1]:7".parse().unwrap()];
+        repository.set_mds_list(&servers[..1]).unwrap();
+        repository.set_mds_list(&servers).unwrap();
         drop(repository);
-        assert_eq!(Repository::open(&dir, "stor1").unwrap().identity().cs, Some(CsId(1025)));
+        let repository = Repository::open(&dir, "stor1").unwrap();
+        assert_eq!(repository.identity().cs, Some(CsId(1025)));
+        assert_eq!(repository.mds_list().unwrap(), servers);
+        std::fs::write(dir.join(MDS_LIST), b"10.0.0.1:2510\n\xff\xff garbage\n").unwrap();
+        assert_eq!(repository.mds_list().unwrap(), servers[..1], "what is no address is no reason not to start");
+        drop(repository);
         assert!(matches!(make_cs(&make(&dir), |_| {}), Err(RepositoryError::Exists { .. })));
     }
 

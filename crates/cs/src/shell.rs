@@ -110,14 +110,15 @@ pub struct RunningCs {
 pub async fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
     let repository = Repository::open(&config.dir, &config.cluster_name)?;
     let identity = repository.identity().clone();
-    if config.mds.is_empty() {
+    let mds_known = repository.mds_list()?;
+    if config.mds.is_empty() && mds_known.is_empty() {
         return Err(CsRunError::NoMds(config.cluster_name.clone()));
     }
     let disk = open_store(&repository).await?;
     let wanted = config.listen.unwrap_or((Ipv4Addr::UNSPECIFIED, 0).into());
     let listener = TcpListener::bind(wanted).map_err(|source| CsRunError::Listen { addr: wanted, source })?;
-    let addr =
-        announced_address(&listener, config.mds[0]).map_err(|source| CsRunError::Listen { addr: wanted, source })?;
+    let some_mds = *config.mds.first().or(mds_known.first()).expect("looked at above");
+    let addr = announced_address(&listener, some_mds).map_err(|source| CsRunError::Listen { addr: wanted, source })?;
     let options = StoreOptions {
         cluster: Some(identity.cluster),
         store_uuid: Some(identity.store),
@@ -136,6 +137,7 @@ pub async fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
         capacity: 0,
         repository: config.dir.display().to_string(),
         mds: config.mds.clone(),
+        mds_known,
         durable_always: config.durable_always,
         scrub_chunks_per_minute: config.scrub_chunks_per_minute,
     };
@@ -153,7 +155,7 @@ pub async fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
         options: ReactorOptions { spin_us: config.spin_us, ..ReactorOptions::default() },
     };
     let reactor = Reactor::start(reactor_config, core).map_err(CsRunError::Reactor)?;
-    keep_identity(&reactor, repository);
+    keep_what_is_told(&reactor, repository);
     Ok(RunningCs { reactor, addr })
 }
 
@@ -172,10 +174,20 @@ async fn open_store(repository: &Repository) -> Result<Disk, CsRunError> {
     }
 }
 
-/// Writes the id down when the cluster gives one, and keeps the directory locked for as long as the reactor lives.
-fn keep_identity(reactor: &Reactor<CsCore>, mut repository: Repository) {
+/// Writes down the id when the cluster gives one and the addresses of its metadata servers when they change, and keeps
+/// the directory locked for as long as the reactor lives.
+fn keep_what_is_told(reactor: &Reactor<CsCore>, mut repository: Repository) {
+    let mut known: Vec<SocketAddr> = reactor.peek(|core| core.mds_servers().to_vec());
     reactor.after_turn(move |reactor| {
-        // Cheap after every turn: two words are compared.
+        // Cheap after every turn: a few words are compared.
+        if reactor.peek(|core| core.mds_servers() != known) {
+            known = reactor.peek(|core| core.mds_servers().to_vec());
+            if let Err(error) = repository.set_mds_list(&known) {
+                // They are told again after each start that finds one of them.
+                let text = format!("writing down the addresses of the metadata servers: {error}");
+                cairn_env_real::log::write_line(&text);
+            }
+        }
         let Some(cs) = reactor.peek(|core| core.id()) else { return };
         if repository.identity().cs == Some(cs) {
             return;

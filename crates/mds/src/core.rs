@@ -305,6 +305,7 @@ impl<B: Base> MdsCore<B> {
         effects.net.push(cairn_wire::NetEffect::Close { link });
         self.calls.forget_link(link);
         self.images.link_down(link);
+        self.group.forget_link(link);
     }
 
     fn timer(&mut self, now: Now, effects: &mut Effects) {

@@ -1,11 +1,14 @@
 //! The other metadata servers: their addresses and the links this server opened to them.
 //!
-//! Each server sends over links it opened itself and receives over those the others opened. A message for a peer that
-//! cannot be reached is dropped: Raft repeats what matters.
+//! Each server sends over links it opened itself and receives over those the others opened. A peer it has no such link
+//! to is answered over the one its messages come by: who was away while servers were replaced knows none of the present
+//! addresses, and could not tell a new leader what it lacks. A message for a peer that cannot be reached is dropped:
+//! Raft repeats what matters.
 
 use crate::base::Base;
 use crate::core::MdsCore;
 use cairn_consensus::{Change, Members};
+use cairn_stdx::planted;
 use cairn_types::{Duration, Instant, MdsId, NodeId};
 use cairn_wire::mds::MdsInfo;
 use cairn_wire::{Effects, FrameKind, LinkId, NetEffect, Now};
@@ -28,11 +31,14 @@ pub(crate) struct Group {
     next_link: u64,
     peers: BTreeMap<MdsId, Peer>,
     addrs: BTreeMap<MdsId, SocketAddr>,
+    /// The links opened by others over which they spoke last.
+    heard: BTreeMap<MdsId, LinkId>,
 }
 
 impl Group {
     pub fn new(own: MdsId, servers: &[MdsInfo]) -> Self {
-        let mut group = Self { own, next_link: 1, peers: BTreeMap::new(), addrs: BTreeMap::new() };
+        let (peers, addrs, heard) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut group = Self { own, next_link: 1, peers, addrs, heard };
         servers.iter().for_each(|info| group.know(info));
         group
     }
@@ -58,7 +64,7 @@ impl Group {
     }
 
     pub fn send(&mut self, to: MdsId, bytes: Vec<u8>, effects: &mut Effects) {
-        if let Some(link) = self.link(to) {
+        if let Some(link) = self.link(to).or_else(|| self.heard.get(&to).copied()) {
             effects.send(link, FrameKind::Raft, 0, bytes);
         }
     }
@@ -78,8 +84,21 @@ impl Group {
         }
     }
 
+    /// A peer spoke over a link.
+    pub fn hear(&mut self, from: MdsId, link: LinkId) {
+        if self.link(from) != Some(link) && !planted!("answers_only_whom_it_knows") {
+            self.heard.insert(from, link);
+        }
+    }
+
+    /// Nothing may be sent over a link any more.
+    pub fn forget_link(&mut self, link: LinkId) {
+        self.heard.retain(|_, heard| *heard != link);
+    }
+
     /// A link ended; true when it was one of ours.
     pub fn link_down(&mut self, link: LinkId, now: Instant) -> bool {
+        self.forget_link(link);
         let Some(peer) = self.peers.values_mut().find(|peer| peer.link == Some(link)) else { return false };
         peer.link = None;
         peer.up = false;
@@ -126,8 +145,47 @@ impl<B: Base> MdsCore<B> {
             effects.log.push(format!("link {link:?} sent a Raft message and is no metadata server"));
             return self.close(link, effects);
         };
+        self.group.hear(from, link);
         if let Err(error) = self.consensus.receive(now.mono, from, bytes, &mut self.out) {
             effects.log.push(format!("Raft message of {from} refused: {error}"));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_not_known_is_answered_over_the_link_it_speaks_by() {
+        let info = |id: u64| MdsInfo {
+            mds: MdsId(id),
+            addr: SocketAddr::from(([10, 0, 0, id as u8], 2510)),
+            voter: true,
+            repository: String::new(),
+        };
+        let mut group = Group::new(MdsId(1), &[info(1), info(2)]);
+        let sent = |group: &mut Group, to: u64| {
+            let mut effects = Effects::default();
+            group.send(MdsId(to), vec![1], &mut effects);
+            effects.net.iter().find_map(|effect| match effect {
+                NetEffect::Send { link, .. } => Some(*link),
+                _ => None,
+            })
+        };
+        let accepted = |nth: u64| LinkId(LinkId::ACCEPTED | nth);
+        assert_eq!(sent(&mut group, 7), None);
+        group.hear(MdsId(7), accepted(1));
+        group.hear(MdsId(2), accepted(2));
+        assert_eq!(sent(&mut group, 7), Some(accepted(1)));
+        assert_eq!(sent(&mut group, 2), Some(accepted(2)), "until a link of its own is up");
+        group.reconnect(Instant(1), &mut Effects::default());
+        group.link_up(LinkId(1));
+        assert_eq!(sent(&mut group, 2), Some(LinkId(1)));
+        group.link_down(accepted(1), Instant(2));
+        assert_eq!(sent(&mut group, 7), None);
+        group.forget_link(accepted(2));
+        group.link_down(LinkId(1), Instant(3));
+        assert_eq!(sent(&mut group, 2), None);
     }
 }

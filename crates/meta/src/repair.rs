@@ -221,10 +221,14 @@ impl<K: Kv> Meta<K> {
         let slots = self.slots().to_vec();
         let domain = |cs: CsId| slots.binary_search_by_key(&cs, |slot| slot.cs).ok().map(|at| slots[at].domains[level]);
         // A returned server needs only what changed since it went.
+        let mut full_ones = Vec::new();
         for stale in chunk.stale.iter().filter(|stale| !stale.deleting && !self.on_hold()) {
             // Freshening takes room as well.
-            let full = slots.iter().any(|slot| slot.cs == stale.cs && slot.repair_weight == 0);
-            let conflict = full || strict && members.iter().any(|member| domain(*member) == domain(stale.cs));
+            if slots.iter().any(|slot| slot.cs == stale.cs && slot.repair_weight == 0) {
+                full_ones.push(stale.cs);
+                continue;
+            }
+            let conflict = strict && members.iter().any(|member| domain(*member) == domain(stale.cs));
             if targets.len() == missing || conflict || self.standing(stale.cs) != Standing::Good {
                 continue;
             }
@@ -257,9 +261,19 @@ impl<K: Kv> Meta<K> {
             excluded: &excluded,
         };
         let found = placement::choose(&wish, &slots);
+        targets.extend(&found);
+        members.extend(&found);
+        // With nowhere else to go a full server is tried: below the minimum nobody could even trim, and what was
+        // trimmed meanwhile frees what its old copy takes, which nothing else would ever do.
+        for cs in full_ones.into_iter().filter(|cs| self.standing(*cs) == Standing::Good && !is_busy(cs)) {
+            let conflict = strict && members.iter().any(|member| domain(*member) == domain(cs));
+            if targets.len() < missing && !conflict && !planted!("full_copy_never_freshened") {
+                members.push(cs);
+                targets.push(cs);
+            }
+        }
         let any_busy = self.servers.keys().any(is_busy);
         let retry_ns = if any_busy { RETRY_BUSY_NS } else { RETRY_NO_TARGET_NS };
-        targets.extend(found);
         (targets, retry_ns)
     }
 

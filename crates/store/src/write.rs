@@ -578,6 +578,10 @@ impl Engine {
     /// that brings back quarantined slots. Changes that free space may use a part of the reserve that writes may
     /// not.
     fn admit(&self, privileged: bool, slots: u64, new_slots: u64, leaves: u64) -> Admission {
+        let trims_too = planted!("store_trim_needs_room") && self.state.occupied() + 8 > self.capacity();
+        if trims_too {
+            return Admission::Full;
+        }
         if !privileged && new_slots > 0 && self.state.occupied() + self.inflight_new + new_slots > self.capacity() {
             return Admission::Full;
         }

@@ -52,6 +52,7 @@ fn run(bytes: &[u8]) {
         capacity: 0,
         repository: "/c".into(),
         mds: vec![samples::addr(7001)],
+        mds_known: Vec::new(),
         durable_always: false,
         scrub_chunks_per_minute: 600,
     };

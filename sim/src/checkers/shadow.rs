@@ -28,6 +28,8 @@ pub enum Invariant {
     I7,
     /// Replicas identical after convergence.
     I8,
+    /// A full cluster goes on reading and deleting, loses nothing, and what is returned can be used again.
+    I16,
     /// The log is kept; equal index, equal state.
     I11,
     /// Live: each operation ends once faults are healed.
@@ -166,6 +168,13 @@ impl Shadow {
     /// A write failed before anything could have come of it: it was not carried out at all.
     pub fn write_refused(&mut self, op: OpId) {
         self.ops.remove(&op);
+    }
+
+    /// A write was answered with an error after it may have been carried out in part: it has taken effect by now, was
+    /// taken back, or never will.
+    pub fn write_failed(&mut self, now: u64, op: OpId) {
+        let op = self.ops.get_mut(&op).expect("a write in flight outlives its era");
+        op.latest = op.latest.min(now);
     }
 
     /// A read was answered with `bytes`, in blocks of `unit` bytes.

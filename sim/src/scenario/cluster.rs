@@ -11,10 +11,11 @@ use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
 use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
 use cairn_wire::mds::{Location, MdsInfo, SessionKind};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-/// Bytes of a chunk server's disk.
-const CS_DISK: u64 = 64 << 20;
+/// Bytes of a chunk server's disk, where room does not matter.
+pub(super) const CS_DISK: u64 = 64 << 20;
 /// Bytes of a metadata log.
 const MDS_LOG: u64 = 1 << 20;
 /// The one cluster.
@@ -26,8 +27,16 @@ pub(super) type SimMds = MdsCore<MemBase>;
 /// A metadata server's machine.
 pub(super) struct MdsNode {
     pub node: NodeIndex,
+    /// Out of the cluster: never started again.
+    pub retired: bool,
     base: MemBase,
     config: MdsConfig,
+}
+
+impl MdsNode {
+    pub fn id(&self) -> MdsId {
+        self.config.id
+    }
 }
 
 /// A chunk server's machine.
@@ -35,7 +44,18 @@ pub(super) struct CsNode {
     pub node: NodeIndex,
     /// Written down by the shell as soon as the cluster gives it.
     pub id: Option<CsId>,
+    /// Out of the cluster: never started again.
+    pub retired: bool,
     config: CsConfig,
+}
+
+/// Where a process finds metadata servers.
+#[derive(Clone, Default)]
+struct Addresses {
+    /// What it was started with.
+    given: Vec<SocketAddr>,
+    /// What it learnt, written down by its shell.
+    known: Vec<SocketAddr>,
 }
 
 /// What a seed draws about the shape of its cluster.
@@ -49,6 +69,10 @@ pub(super) struct Shape {
     /// Bytes of a metadata memtable that start a checkpoint.
     pub checkpoint_bytes: usize,
     pub scrub: u32,
+    /// Bytes of a chunk server's disk.
+    pub cs_disk: u64,
+    /// Every other client has its writes fail where no server has room; the rest wait.
+    pub fail_when_full: bool,
 }
 
 /// All machines.
@@ -57,7 +81,12 @@ pub(super) struct Cluster {
     pub mds: Vec<MdsNode>,
     pub cs: Vec<CsNode>,
     pub clients: Vec<NodeIndex>,
+    /// A client nobody kills, through which servers are added and removed.
+    pub operator: Option<NodeIndex>,
     pub shape: Shape,
+    addresses: BTreeMap<NodeIndex, Addresses>,
+    /// Who was down, frozen or cut off, and has not been seen to know a metadata server since.
+    away: BTreeSet<NodeIndex>,
     rng: Rng,
 }
 
@@ -95,7 +124,8 @@ fn log_config(id: MdsId) -> cairn_consensus::Config {
 impl Cluster {
     pub fn new(seed: u64, shape: Shape, rng: Rng) -> Self {
         let world = World::new(seed);
-        Self { world, mds: Vec::new(), cs: Vec::new(), clients: Vec::new(), shape, rng }
+        let (mds, cs, clients, addresses) = (Vec::new(), Vec::new(), Vec::new(), BTreeMap::new());
+        Self { world, mds, cs, clients, operator: None, shape, addresses, away: BTreeSet::new(), rng }
     }
 
     fn next_rng(&mut self) -> Rng {
@@ -138,7 +168,7 @@ impl Cluster {
             checkpoint_bytes: self.shape.checkpoint_bytes,
         };
         let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
-        self.mds.push(MdsNode { node, base: MemBase::default(), config });
+        self.mds.push(MdsNode { node, retired: false, base: MemBase::default(), config });
         self.start_mds(self.mds.len() - 1);
     }
 
@@ -146,7 +176,7 @@ impl Cluster {
     pub fn start_mds(&mut self, index: usize) {
         let rng = self.next_rng();
         let mds = &self.mds[index];
-        if self.world.nodes[mds.node.0].process.is_none() {
+        if self.world.nodes[mds.node.0].process.is_none() && !mds.retired {
             let core: SimMds = MdsCore::new(mds.config.clone(), mds.base.reopen(), rng);
             self.world.start(mds.node, Box::new(core));
         }
@@ -168,13 +198,56 @@ impl Cluster {
         self.mds[index].base.set_room(room);
     }
 
+    /// The disk of a metadata server is lost, and somebody makes its log anew under the old id.
+    pub fn wipe_mds(&mut self, index: usize) {
+        let instance = self.rng.next_u64() | 1;
+        let mds = &mut self.mds[index];
+        self.world.note(format_args!("the disk of {:?} ({}) is lost", mds.node, mds.config.id));
+        self.world.power_cut(mds.node);
+        mds.config.bootstrap = false;
+        mds.base = MemBase::default();
+        let log = Consensus::format(&mds.config.log, instance, &Initial::Join);
+        self.world.nodes[mds.node.0].disks = vec![format_disk(MDS_LOG, log)];
+        self.start_mds(index);
+    }
+
+    /// Where metadata servers are, or will be.
+    fn mds_addrs(&self) -> Vec<SocketAddr> {
+        let retired = |mds: &usize| self.mds.get(*mds).is_some_and(|mds| mds.retired);
+        (0..self.shape.mds.max(self.mds.len())).filter(|mds| !retired(mds)).map(|mds| addr(1, mds)).collect()
+    }
+
+    /// Where a process looks when it starts. What was written down must do while it names one who is there; a process
+    /// that was away when all were replaced has to be told by somebody.
+    fn addresses_at_start(&mut self, node: NodeIndex) -> Addresses {
+        let present = self.mds_addrs();
+        let addresses = self.addresses.entry(node).or_default();
+        if !addresses.given.iter().chain(&addresses.known).any(|addr| present.contains(addr)) {
+            addresses.given = present;
+        }
+        addresses.clone()
+    }
+
+    fn knows_somebody(&self, node: NodeIndex) -> bool {
+        let present = self.mds_addrs();
+        let knows = |a: &Addresses| a.given.iter().chain(&a.known).any(|addr| present.contains(addr));
+        self.addresses.get(&node).is_some_and(knows)
+    }
+
+    /// True when a process that runs knows none of the metadata servers, because they were all replaced while it was
+    /// away. Who was there all the time is to find them by itself.
+    pub fn is_forsaken(&self, node: NodeIndex) -> bool {
+        self.is_running(node) && self.away.contains(&node) && !self.knows_somebody(node)
+    }
+
     /// Makes a chunk server on a host of its own.
     pub fn create_cs(&mut self) {
         let index = self.cs.len();
         let mut store = [0; 16];
         self.rng.fill(&mut store);
         let config = StoreConfig { cluster: CLUSTER, store_uuid: store, capacity_bytes: 0 };
-        let disk = format_disk(CS_DISK, cairn_store::format(&config, CS_DISK).expect("the size suits a store"));
+        let size = self.shape.cs_disk;
+        let disk = format_disk(size, cairn_store::format(&config, size).expect("the size suits a store"));
         let none = String::new;
         let location = Location {
             host: host(2, index),
@@ -193,12 +266,13 @@ impl Cluster {
             tier: 0,
             capacity: 0,
             repository: none(),
-            mds: (0..self.shape.mds).map(|mds| addr(1, mds)).collect(),
+            mds: Vec::new(),
+            mds_known: Vec::new(),
             durable_always: false,
             scrub_chunks_per_minute: self.shape.scrub,
         };
         let node = self.world.add_node(config.addr, NodeId::Cs(CsId(0)), vec![disk]);
-        self.cs.push(CsNode { node, id: None, config });
+        self.cs.push(CsNode { node, id: None, retired: false, config });
         self.start_cs(index);
     }
 
@@ -215,17 +289,34 @@ impl Cluster {
     /// Starts a chunk server, unless it runs.
     pub fn start_cs(&mut self, index: usize) {
         let rng = self.next_rng();
-        let store = Store::new(CS_DISK, self.store_options(index));
+        let store = Store::new(self.shape.cs_disk, self.store_options(index));
         let cs = &self.cs[index];
-        if self.world.nodes[cs.node.0].process.is_none() {
-            let config = CsConfig { cs: cs.id, ..cs.config.clone() };
-            self.world.nodes[cs.node.0].identity = NodeId::Cs(cs.id.unwrap_or(CsId(0)));
-            self.world.start(cs.node, Box::new(CsCore::new(config, store, rng)));
+        if self.world.nodes[cs.node.0].process.is_none() && !cs.retired {
+            let (node, id) = (cs.node, cs.id);
+            let config = CsConfig { cs: id, ..cs.config.clone() };
+            let Addresses { given, known } = self.addresses_at_start(node);
+            let config = CsConfig { mds: given, mds_known: known, ..config };
+            self.world.nodes[node.0].identity = NodeId::Cs(id.unwrap_or(CsId(0)));
+            self.world.start(node, Box::new(CsCore::new(config, store, rng)));
         }
     }
 
-    /// What the shell of a chunk server does after each turn: writes down the id the cluster gave.
-    pub fn keep_cs_ids(&mut self) {
+    /// What the shells do after each turn: write down the id the cluster gave, and where its metadata servers are.
+    pub fn keep_what_is_told(&mut self) {
+        let servers = self.cs.iter().map(|cs| cs.node);
+        for node in servers.chain(self.clients.iter().copied()).chain(self.operator).collect::<Vec<_>>() {
+            let of_server = self.world.inspect::<CsCore, _>(node, |core| core.mds_servers().to_vec());
+            let known =
+                of_server.or_else(|| self.world.inspect::<ClientCore, _>(node, |core| core.mds_servers().to_vec()));
+            if let Some(known) = known.filter(|known| !known.is_empty()) {
+                self.addresses.entry(node).or_default().known = known;
+            }
+            if !self.is_running(node) || self.world.nodes[node.0].paused || self.world.net.cuts_off(node) {
+                self.away.insert(node);
+            } else if self.knows_somebody(node) {
+                self.away.remove(&node);
+            }
+        }
         for cs in &mut self.cs {
             let id = self.world.inspect::<CsCore, _>(cs.node, |core| core.id()).flatten();
             if let Some(id) = id {
@@ -248,20 +339,39 @@ impl Cluster {
     pub fn start_client(&mut self, index: usize) {
         let rng = self.next_rng();
         let node = self.clients[index];
-        if self.world.nodes[node.0].process.is_some() {
-            return;
+        if self.world.nodes[node.0].process.is_none() {
+            self.start_client_at(node, index, rng);
         }
+    }
+
+    /// Makes the operator's client.
+    pub fn create_operator(&mut self) {
+        let index = 100;
+        let node = self.world.add_node(addr(3, index), NodeId::Client(ClientId(0)), Vec::new());
+        self.operator = Some(node);
+        let rng = self.next_rng();
+        self.start_client_at(node, index, rng);
+    }
+
+    fn start_client_at(&mut self, node: NodeIndex, index: usize, rng: Rng) {
+        let Addresses { mut given, known } = self.addresses_at_start(node);
+        given.extend(known);
         let config = CoreConfig {
-            mds: (0..self.shape.mds).map(|mds| addr(1, mds)).collect(),
+            mds: given,
             host: host(3, index),
             host_name: format!("client{index}"),
             purpose: "simulation".to_owned(),
             kind: SessionKind::Client,
-            on_no_space: OnNoSpace::Wait,
+            on_no_space: if self.fails_when_full(index) { OnNoSpace::Fail } else { OnNoSpace::Wait },
             call_deadline: Duration::from_secs(60),
             open_deadline: Duration::from_secs(30),
         };
         self.world.start(node, Box::new(ClientCore::new(config, rng)));
+    }
+
+    /// True when writes of this client fail for lack of room.
+    pub fn fails_when_full(&self, client: usize) -> bool {
+        self.shape.fail_when_full && client % 2 == 1
     }
 
     pub fn is_running(&self, node: NodeIndex) -> bool {

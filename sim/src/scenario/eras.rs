@@ -13,7 +13,7 @@ use crate::scenario::cluster::SimMds;
 use crate::world::SECOND;
 use cairn_types::{ChunkId, ChunkVersion, CsId};
 use cairn_wire::mds::{MdsReply, MdsRequest, ReplicaRole};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Power cuts further apart than this cannot have taken the same write from servers that ran undisturbed: a write is
 /// flushed within a second of its answer.
@@ -25,6 +25,8 @@ pub(super) struct Eras {
     lost_power: Vec<Option<u64>>,
     /// Chunk servers that lost power with something unflushed and may still lack it.
     lacking: Vec<bool>,
+    /// Copies made from such servers alone: they lack the same.
+    heirs: BTreeSet<(ChunkId, CsId)>,
     /// When each chunk server was last frozen or slow: its own flushes may be late.
     disturbed: Vec<Option<u64>>,
     /// The newest replica set seen of each chunk, with its volume.
@@ -42,12 +44,26 @@ impl Eras {
         Self {
             lost_power: vec![None; cs],
             lacking: vec![false; cs],
+            heirs: BTreeSet::new(),
             disturbed: vec![None; cs],
             sets: BTreeMap::new(),
             holder: Vec::new(),
             left_open: Vec::new(),
             at_risk: Vec::new(),
         }
+    }
+
+    /// A chunk server joins.
+    pub fn add_cs(&mut self) {
+        self.lost_power.push(None);
+        self.lacking.push(false);
+        self.disturbed.push(None);
+    }
+
+    /// The disk of a chunk server is gone.
+    pub fn lost_for_good(&mut self, cs: usize, now: u64) {
+        self.lost_power[cs] = Some(now);
+        self.lacking[cs] = true;
     }
 
     pub fn know_volumes(&mut self, count: usize) {
@@ -117,6 +133,12 @@ impl Scenario {
         volumes
     }
 
+    /// True when a server has the only current copy of some chunk.
+    pub(super) fn is_last_copy(&mut self, cs: CsId) -> bool {
+        self.learn_sets();
+        self.eras.sets.values().any(|(.., set)| set == &[cs])
+    }
+
     fn end_era(&mut self, volume: usize, why: &str) -> Verdict {
         let id = self.volumes[volume].info.volume;
         self.cluster.world.note(format_args!("an era of {id} ends: {why}"));
@@ -137,25 +159,34 @@ impl Scenario {
         }
     }
 
-    /// A client has opened a volume.
-    pub(super) fn holder_came(&mut self, client: usize, volume: usize) -> Verdict {
+    /// A client has opened a volume, to read it only (`shared`), or as its holder.
+    pub(super) fn holder_came(&mut self, client: usize, volume: usize, shared: bool) -> Verdict {
         if let Some(last) = self.eras.holder[volume].filter(|last| *last != client) {
             self.holder_left(last, volume)?;
         }
-        self.eras.holder[volume] = Some(client);
+        // A reader has nothing unsettled, unless it had to reconcile what a holder left.
+        self.eras.holder[volume] = (!shared || self.eras.left_open[volume]).then_some(client);
         if std::mem::take(&mut self.eras.left_open[volume]) {
-            let cs = &self.cluster.cs;
-            let lacking: Vec<CsId> =
-                (0..cs.len()).filter(|&index| self.eras.lacking[index]).filter_map(|index| cs[index].id).collect();
-            if self.volumes_within(&lacking).contains(&volume) {
+            self.learn_sets();
+            let lacking = self.lacking();
+            let lacks = |chunk: &ChunkId, cs: &CsId| lacking.contains(cs) || self.eras.heirs.contains(&(*chunk, *cs));
+            let mut of_volume = self.eras.sets.iter().filter(|(_, (_, of, set))| *of == volume && !set.is_empty());
+            if of_volume.any(|(chunk, (.., set))| set.iter().all(|cs| lacks(chunk, cs))) {
                 self.end_era(volume, "its last holder left, and all servers in reach had lost power")?;
             }
         }
         Ok(())
     }
 
+    /// The servers that may lack what they had not flushed.
+    fn lacking(&self) -> Vec<CsId> {
+        let cs = &self.cluster.cs;
+        (0..cs.len()).filter(|&index| self.eras.lacking[index]).filter_map(|index| cs[index].id).collect()
+    }
+
     /// Asks every metadata server that runs for the chunk maps; the highest version of a chunk counts.
     pub(super) fn learn_sets(&mut self) {
+        let lacking = self.lacking();
         for mds in &self.cluster.mds {
             for (index, volume) in self.volumes.iter().enumerate() {
                 let request = MdsRequest::ChunkMap { volume: volume.info.volume, index: 0, limit: 64 };
@@ -165,7 +196,21 @@ impl Scenario {
                     let known = self.eras.sets.entry(entry.chunk).or_default();
                     if entry.version >= known.0 {
                         let current = entry.replicas.iter().filter(|replica| replica.role == ReplicaRole::Current);
-                        *known = (entry.version, index, current.map(|replica| replica.cs).collect());
+                        let current: Vec<CsId> = current.map(|replica| replica.cs).collect();
+                        let heirs = &mut self.eras.heirs;
+                        let lacks = |cs: &CsId| lacking.contains(cs) || heirs.contains(&(entry.chunk, *cs));
+                        // Who was there before and still is has been the source; where all changed, anybody was.
+                        let mut sources: Vec<CsId> =
+                            known.2.iter().copied().filter(|cs| current.contains(cs)).collect();
+                        if sources.is_empty() {
+                            sources.clone_from(&known.2);
+                        }
+                        if !sources.is_empty() && sources.iter().all(lacks) {
+                            let new = current.iter().filter(|cs| !known.2.contains(cs));
+                            let new: Vec<(ChunkId, CsId)> = new.map(|cs| (entry.chunk, *cs)).collect();
+                            heirs.extend(new);
+                        }
+                        *known = (entry.version, index, current);
                     }
                 }
             }

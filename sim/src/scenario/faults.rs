@@ -68,19 +68,24 @@ impl Faults {
 
 impl Cluster {
     fn all_nodes(&self) -> Vec<NodeIndex> {
-        let servers = self.mds.iter().map(|mds| mds.node).chain(self.cs.iter().map(|cs| cs.node));
-        servers.chain(self.clients.iter().copied()).collect()
+        let mds = self.mds.iter().filter(|mds| !mds.retired).map(|mds| mds.node);
+        let servers = mds.chain(self.cs.iter().filter(|cs| !cs.retired).map(|cs| cs.node));
+        servers.chain(self.clients.iter().copied()).chain(self.operator).collect()
     }
 }
 
 impl Scenario {
     /// One fault, then the next after a while.
     pub(super) fn next_fault(&mut self) -> Verdict {
-        if !self.chaos || self.plan.faults.is_empty() {
+        if !self.chaos || self.draining || self.plan.faults.is_empty() {
             return Ok(());
         }
         let after = self.faults.rng.range(MS, self.plan.fault_every);
         self.cluster.world.wake_driver(after, TOKEN_FAULT);
+        // One lost disk is enough until its copies have been made anew.
+        if self.members.replaces_a_disk() {
+            return Ok(());
+        }
         let kind = *self.faults.rng.choose(&self.plan.faults).expect("not empty");
         let nodes = self.cluster.all_nodes();
         match kind {
@@ -158,6 +163,7 @@ impl Scenario {
             FaultKind::CutHost => self.cut_host()?,
             FaultKind::Island => self.isolate_host(),
             FaultKind::OldCopy => self.use_old_copy()?,
+            FaultKind::Members => self.change_members()?,
         }
         Ok(())
     }
@@ -191,6 +197,12 @@ impl Scenario {
             let after = self.faults.rng.range(SECOND, 20 * SECOND);
             self.restore_after(after, Restore::RoomAtMds(index));
         }
+    }
+
+    /// True while everything that failed is whole again.
+    pub(super) fn is_quiet(&self) -> bool {
+        let slow = |node: &NodeIndex| self.cluster.world.nodes[node.0].disk_delay_ns > 0;
+        self.faults.restores.is_empty() && !self.cluster.all_nodes().iter().any(slow)
     }
 
     fn later(&mut self, restore: Restore) {
@@ -477,7 +489,7 @@ impl Scenario {
     }
 
     /// Ends every fault: paths, clocks, disks, frozen and dead processes.
-    pub(super) fn heal(&mut self) {
+    pub(super) fn heal(&mut self) -> Verdict {
         let tokens: Vec<u64> = self.faults.restores.keys().copied().collect();
         tokens.into_iter().for_each(|token| self.restore(token));
         let nodes = self.cluster.all_nodes();
@@ -489,5 +501,29 @@ impl Scenario {
         }
         let servers = self.cluster.mds.iter().map(|mds| mds.node).chain(self.cluster.cs.iter().map(|cs| cs.node));
         servers.collect::<Vec<_>>().into_iter().for_each(|node| self.mend_disk(node));
+        self.tell_the_forsaken()
+    }
+
+    /// Who was cut off while all metadata servers were replaced is started anew with a list that is right.
+    fn tell_the_forsaken(&mut self) -> Verdict {
+        self.cluster.keep_what_is_told();
+        for index in 0..self.cluster.cs.len() {
+            let node = self.cluster.cs[index].node;
+            if self.cluster.is_forsaken(node) {
+                self.cluster.world.note(format_args!("{node:?} knows no metadata server"));
+                self.cluster.world.kill(node);
+                self.cluster.start_cs(index);
+            }
+        }
+        for index in 0..self.cluster.clients.len() {
+            let node = self.cluster.clients[index];
+            if self.cluster.is_forsaken(node) {
+                self.cluster.world.note(format_args!("{node:?} knows no metadata server"));
+                self.cluster.world.kill(node);
+                self.client_died(index)?;
+                self.cluster.start_client(index);
+            }
+        }
+        Ok(())
     }
 }

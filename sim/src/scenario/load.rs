@@ -3,14 +3,14 @@
 
 use super::{Answer, Scenario, TOKEN_CLIENT, Verdict, broken};
 use crate::checkers::names::{CallId, NameOp};
-use crate::checkers::shadow::{Invariant, OpId};
+use crate::checkers::shadow::{Broken, Invariant, OpId};
 use crate::stamp::Stamp;
 use crate::world::SECOND;
 use cairn_client::{ClientCore, OpenError, SizeRule, VolumeHandle};
 use cairn_env::Buf;
 use cairn_env::block::{BlockError, BlockOp, BlockReply, BlockResult};
 use cairn_stdx::Rng;
-use cairn_types::{InodeId, VolumeId};
+use cairn_types::{BLOCK_SIZE_U64, InodeId, VolumeId};
 use cairn_wire::mds::{InodeKind, LeaseMode, MdsError, MdsReply, MdsRequest, RenameMode};
 use std::collections::BTreeMap;
 
@@ -20,6 +20,8 @@ use std::collections::BTreeMap;
 pub(super) enum Kind {
     /// A call of the setup.
     Setup,
+    /// A call of the operator's.
+    Operator,
     Open {
         volume: usize,
     },
@@ -68,6 +70,17 @@ pub(super) enum Kind {
     },
 }
 
+impl Kind {
+    /// True when it writes other bytes than zeros: nothing else may fail for lack of room.
+    fn needs_room(&self) -> bool {
+        match self {
+            Kind::Write { values, .. } => values.iter().any(|value| *value != 0),
+            Kind::CompareAndWrite { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// An operation in flight.
 #[derive(Debug)]
 pub(super) struct Pending {
@@ -75,6 +88,17 @@ pub(super) struct Pending {
     pub since: u64,
     pub kind: Kind,
 }
+
+/// What clients of a cluster with small disks are after.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Mood {
+    Usual,
+    Fill,
+    Drain,
+}
+
+/// How long a mood lasts.
+const MOOD_NS: u64 = 6 * SECOND;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Hold {
@@ -89,6 +113,8 @@ pub(super) struct Load {
     rng: Rng,
     holds: Vec<Hold>,
     recalled: Vec<bool>,
+    /// Opened to read only.
+    shared: Vec<bool>,
     in_flight: usize,
     /// Last value this client wrote or read, by volume and block: what a compare-and-write expects.
     known: BTreeMap<(usize, u64), u64>,
@@ -98,12 +124,21 @@ pub(super) struct Load {
 
 impl Load {
     pub fn new(rng: Rng) -> Self {
-        Self { rng, holds: Vec::new(), recalled: Vec::new(), in_flight: 0, known: BTreeMap::new(), files: Vec::new() }
+        Self {
+            rng,
+            holds: Vec::new(),
+            recalled: Vec::new(),
+            shared: Vec::new(),
+            in_flight: 0,
+            known: BTreeMap::new(),
+            files: Vec::new(),
+        }
     }
 
     pub fn know_volumes(&mut self, count: usize) {
         self.holds = vec![Hold::Closed; count];
         self.recalled = vec![false; count];
+        self.shared = vec![false; count];
     }
 
     /// The process died: handles and operations died with it.
@@ -146,32 +181,67 @@ impl Scenario {
         let think = self.plan.think;
         let after = self.loads[client].rng.range(think / 20, think);
         self.cluster.world.wake_driver(after, TOKEN_CLIENT + client as u64);
-        if self.is_idle(client) || self.loads[client].in_flight >= self.plan.in_flight_max {
+        // Who waits for room does not wait with trimming.
+        let in_flight_max = self.plan.in_flight_max + if self.mood() == Mood::Drain { 8 } else { 0 };
+        if self.is_idle(client) || self.loads[client].in_flight >= in_flight_max {
             return;
         }
+        let only_trims = self.loads[client].in_flight >= self.plan.in_flight_max;
         let load = &mut self.loads[client];
+        if only_trims {
+            let volume = load.rng.below(load.holds.len() as u64) as usize;
+            if let (Hold::Open(handle), false) = (load.holds[volume], load.shared[volume]) {
+                self.drain(client, volume, handle);
+            }
+            return;
+        }
         if load.rng.chance(1, 25) {
             return self.act_on_names(client);
         }
         let volume = load.rng.below(load.holds.len() as u64) as usize;
-        match load.holds[volume] {
+        let hold = load.holds[volume];
+        let leaves = matches!(hold, Hold::Open(_)) && load.rng.chance(1, 120);
+        let leaves = leaves && !self.waits_for_room(client, volume);
+        let load = &mut self.loads[client];
+        match hold {
             Hold::Closed if load.rng.chance(1, 4) => self.open(client, volume),
-            Hold::Open(handle) if load.rng.chance(1, 120) => self.release(client, volume, handle),
+            Hold::Open(handle) if leaves => self.release(client, volume, handle),
             Hold::Open(handle) => self.act_on_blocks(client, volume, handle),
             Hold::Closed | Hold::Opening | Hold::Closing => {}
         }
     }
 
-    /// Opens a volume for writing.
+    /// What clients are after now.
+    fn mood(&self) -> Mood {
+        match (self.plan.full, self.draining) {
+            (false, _) => Mood::Usual,
+            (true, true) => Mood::Drain,
+            (true, false) => [Mood::Fill, Mood::Usual, Mood::Fill, Mood::Drain][(self.now() / MOOD_NS % 4) as usize],
+        }
+    }
+
+    /// Opens a volume for writing, or to read it only.
     pub(super) fn open(&mut self, client: usize, volume: usize) {
-        self.loads[client].holds[volume] = Hold::Opening;
+        let load = &mut self.loads[client];
+        load.holds[volume] = Hold::Opening;
+        let shared = self.plan.full && self.chaos && !self.draining && load.rng.chance(1, 3);
+        load.shared[volume] = shared;
+        let mode = if shared { LeaseMode::Shared } else { LeaseMode::Exclusive };
         let id = self.volumes[volume].info.volume;
         let token = self.begin(client, Kind::Open { volume });
         let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
         self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
             let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Open(result))));
-            core.open(now, id, LeaseMode::Exclusive, SizeRule::Fixed, done, out);
+            core.open(now, id, mode, SizeRule::Fixed, done, out);
         });
+    }
+
+    /// True when a client has writes under way where disks are full: who closes meanwhile can make no room any more,
+    /// and nobody else can while it holds the lease.
+    fn waits_for_room(&self, client: usize, volume: usize) -> bool {
+        let writes = |kind: &Kind| matches!(kind, Kind::Write { volume: of, .. } | Kind::CompareAndWrite { volume: of, .. } if *of == volume);
+        self.plan.full
+            && self.pending.values().any(|op| op.client == client && writes(&op.kind) && op.kind.needs_room())
     }
 
     fn release(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
@@ -198,7 +268,8 @@ impl Scenario {
             for volume in 0..self.loads[client].holds.len() {
                 let load = &mut self.loads[client];
                 let Hold::Open(handle) = load.holds[volume] else { continue };
-                if load.recalled[volume] && load.rng.chance(1, 10) && !self.is_idle(client) {
+                let now = load.recalled[volume] && load.rng.chance(1, 10);
+                if now && !self.is_idle(client) && !self.waits_for_room(client, volume) {
                     self.release(client, volume, handle);
                 }
             }
@@ -242,7 +313,12 @@ impl Scenario {
         let (offset, len) = (first * unit, count * unit);
         let now = self.now();
         let choice = self.loads[client].rng.below(100);
-        let choice = if self.only_reads(client) { 0 } else { choice };
+        let choice = match self.mood() {
+            _ if self.only_reads(client) || self.loads[client].shared[volume] => choice % 40,
+            Mood::Fill if choice < 60 => return self.fill(client, volume, handle),
+            Mood::Drain if choice < 60 => return self.drain(client, volume, handle),
+            _ => choice,
+        };
         match choice {
             0..40 => self.read(client, volume, handle, first, count),
             40..82 => {
@@ -276,6 +352,57 @@ impl Scenario {
             }
             _ => self.submit(client, handle, BlockOp::Extents { offset, len }, Kind::Extents { volume }),
         }
+    }
+
+    /// A place for a long request of whole blocks.
+    fn draw_run(&mut self, client: usize, volume: usize) -> (u64, u64) {
+        let SimVolume { units, unit } = self.geometry(volume);
+        let (per_block, rng) = (BLOCK_SIZE_U64 / unit, &mut self.loads[client].rng);
+        let blocks = units / per_block;
+        let first = rng.below(blocks);
+        let count = rng.range(16, 200).min(blocks - first);
+        (first * per_block, count * per_block)
+    }
+
+    /// Writes many blocks at once.
+    fn fill(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
+        let (id, unit) = (self.volumes[volume].info.volume, self.volumes[volume].unit);
+        let (first, count) = self.draw_run(client, volume);
+        let (values, data) = self.stamped(id, unit, first, count);
+        let op = self.shadow.write_submitted(self.now(), id.0, first, values.clone());
+        let kind = Kind::Write { volume, op, first, values, durable: false };
+        self.submit(client, handle, BlockOp::Write { offset: first * unit, data, fua: false }, kind);
+    }
+
+    /// Trims many blocks at once, but for those that somebody is writing: it would wait for them.
+    fn drain(&mut self, client: usize, volume: usize, handle: VolumeHandle) {
+        let (id, unit) = (self.volumes[volume].info.volume, self.volumes[volume].unit);
+        let (first, count) = self.draw_run(client, volume);
+        let overlaps = |kind: &Kind| match kind {
+            Kind::Write { volume: of, first: other, values, .. } => {
+                *of == volume && first < other + values.len() as u64 && *other < first + count
+            }
+            Kind::CompareAndWrite { volume: of, first: other, .. } => {
+                *of == volume && (first..first + count).contains(other)
+            }
+            _ => false,
+        };
+        if self.pending.values().any(|op| op.client == client && overlaps(&op.kind)) {
+            return;
+        }
+        let values = vec![0; count as usize];
+        let op = self.shadow.write_submitted(self.now(), id.0, first, values.clone());
+        let kind = Kind::Write { volume, op, first, values, durable: false };
+        self.submit(client, handle, BlockOp::Discard { offset: first * unit, len: count * unit }, kind);
+    }
+
+    /// The faults are over: clients trim until whoever waited for room has got it (I16).
+    pub(super) fn drain_at_last(&mut self) -> Verdict {
+        let (waiting, until): (Vec<u64>, u64) = (self.pending.keys().copied().collect(), self.now() + 15 * SECOND);
+        self.wait("space that was returned is used", super::END_WITHIN, |s| {
+            s.now() >= until && waiting.iter().all(|token| !s.pending.contains_key(token))
+        })
+        .map_err(|broken| Box::new(Broken { invariant: Invariant::I16, ..*broken }))
     }
 
     /// Reads blocks and has them judged.
@@ -347,6 +474,9 @@ impl Scenario {
         if let (&Kind::Shared { call, op }, Answer::Call(result)) = (&kind, &answer) {
             return self.on_shared_name(call, op, result.clone());
         }
+        if let (Kind::Operator, Answer::Call(result)) = (&kind, &answer) {
+            return self.on_operator(result.clone());
+        }
         self.loads[client].in_flight = self.loads[client].in_flight.saturating_sub(1);
         match (kind, answer) {
             (Kind::Setup, Answer::Call(result)) => {
@@ -371,8 +501,9 @@ impl Scenario {
         load.holds[volume] = match result {
             Ok(handle) => {
                 load.holds[volume] = Hold::Open(handle);
+                let shared = load.shared[volume];
                 self.took_over(client, volume);
-                return self.holder_came(client, volume);
+                return self.holder_came(client, volume, shared);
             }
             Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
             Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => {
@@ -400,6 +531,15 @@ impl Scenario {
         let reply = match result {
             Ok(reply) => reply,
             Err(BlockError::Fenced | BlockError::Closed) => return Ok(()),
+            Err(BlockError::NoSpace) if self.cluster.fails_when_full(client) && kind.needs_room() => {
+                if let Kind::Write { op, .. } | Kind::CompareAndWrite { op, .. } = kind {
+                    self.shadow.write_failed(now, op);
+                }
+                return Ok(());
+            }
+            Err(BlockError::NoSpace) => {
+                return Err(broken(Invariant::I16, format!("client {client}: no room for {kind:?}")));
+            }
             Err(BlockError::Miscompare { .. }) => {
                 // Nothing was written.
                 if let Kind::CompareAndWrite { volume, op, first, .. } = kind {

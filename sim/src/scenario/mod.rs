@@ -9,6 +9,7 @@ mod cluster;
 mod eras;
 mod faults;
 mod load;
+mod members;
 mod names;
 mod plan;
 mod setup;
@@ -27,9 +28,11 @@ use cluster::{Cluster, SimMds};
 use eras::Eras;
 use faults::Faults;
 use load::{Load, Pending};
+use members::Members;
 use plan::Plan;
 pub(crate) use plan::{
-    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_OF, SEEDS_OLD_COPY,
+    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS,
+    SEEDS_OF, SEEDS_OLD_COPY,
 };
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -79,6 +82,7 @@ pub(crate) struct Scenario {
     volumes: Vec<SimVolume>,
     loads: Vec<Load>,
     faults: Faults,
+    members: Members,
     eras: Eras,
     pending: BTreeMap<u64, Pending>,
     mailbox: Mailbox,
@@ -88,6 +92,8 @@ pub(crate) struct Scenario {
     names: Names,
     names_rng: Rng,
     chaos: bool,
+    /// The faults are over, and clients make room.
+    draining: bool,
     /// Digest of the metadata state by applied index, from whichever server had it first (I11).
     digests: BTreeMap<u64, (usize, u64)>,
     /// Answers to calls of the setup.
@@ -113,6 +119,7 @@ impl Scenario {
             volumes: Vec::new(),
             loads,
             faults,
+            members: Members::new(rng.split(14)),
             eras,
             pending: BTreeMap::new(),
             mailbox: Mailbox::default(),
@@ -122,6 +129,7 @@ impl Scenario {
             names: Names::default(),
             names_rng: rng.split(15),
             chaos: false,
+            draining: false,
             digests: BTreeMap::new(),
             replies: BTreeMap::new(),
         }
@@ -140,9 +148,14 @@ impl Scenario {
         self.cluster.world.wake_driver(SECOND, TOKEN_FAULT);
         let until = self.now() + self.plan.chaos_ns;
         self.run_until(until, |_| false)?;
-        self.chaos = false;
-        self.heal();
+        (self.chaos, self.draining) = (self.plan.full, self.plan.full);
+        self.heal()?;
+        if self.draining {
+            self.drain_at_last()?;
+            self.chaos = false;
+        }
         self.cluster.world.note(format_args!("healed; {} operations in flight", self.pending.len()));
+        self.wait("changes of membership", members::ENDS_WITHIN, |s| s.members.is_idle())?;
         self.wait("operations in flight", END_WITHIN, |s| s.pending.is_empty())?;
         self.verify()
     }
@@ -223,8 +236,10 @@ impl Scenario {
     /// What is looked after all the time, as the shells of the daemons do, and what checkers sample.
     fn look(&mut self) -> Verdict {
         self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
-        self.cluster.keep_cs_ids();
-        if let Some((node, why)) = self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node)) {
+        self.cluster.keep_what_is_told();
+        if let Some((node, why)) =
+            self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node) && !self.may_leave(*node))
+        {
             return Err(broken(Invariant::I17, format!("{node:?} gave up: {why}")));
         }
         for index in 0..self.cluster.mds.len() {
@@ -240,14 +255,15 @@ impl Scenario {
                 return Err(broken(Invariant::I11, detail));
             }
         }
+        self.tend_members();
         self.release_recalled();
         Ok(())
     }
 
     /// Takes what the clients finished.
     fn collect(&mut self) -> Verdict {
-        for client in 0..self.cluster.clients.len() {
-            let node = self.cluster.clients[client];
+        for client in 0..=self.cluster.clients.len() {
+            let Some(node) = self.cluster.clients.get(client).copied().or(self.cluster.operator) else { continue };
             let completions = self.cluster.world.inspect::<ClientCore, _>(node, ClientCore::take_completions);
             for completion in completions.into_iter().flatten() {
                 match completion {
@@ -268,6 +284,9 @@ impl Scenario {
     }
 
     fn on_notice(&mut self, client: usize, notice: &Notice) -> Verdict {
+        if client == self.cluster.clients.len() {
+            return Ok(());
+        }
         let Some(load) = self.loads.get_mut(client) else { return Ok(()) };
         match notice {
             Notice::Recall(handle, _) => load.recalled(*handle),

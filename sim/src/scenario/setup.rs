@@ -3,6 +3,7 @@
 
 use super::cluster::SimMds;
 use super::load::{Kind, Pending};
+use super::plan::FaultKind;
 use super::{Answer, Scenario, SimVolume, Verdict, broken};
 use crate::checkers::shadow::Invariant;
 use crate::world::SECOND;
@@ -37,6 +38,9 @@ impl Scenario {
                     voters == Some(count)
                 })
             })?;
+        }
+        if self.plan.faults.contains(&FaultKind::Members) {
+            self.cluster.create_operator();
         }
         for _ in 0..self.plan.shape.cs {
             self.cluster.create_cs();

@@ -65,7 +65,7 @@ impl Scenario {
         self.client_died(client)
     }
 
-    fn leader(&mut self) -> Option<NodeIndex> {
+    pub(super) fn leader(&mut self) -> Option<NodeIndex> {
         let nodes: Vec<NodeIndex> = self.cluster.mds.iter().map(|mds| mds.node).collect();
         let leads = |s: &mut Self, node| s.cluster.world.inspect::<SimMds, _>(node, |core| core.is_leader());
         nodes.into_iter().find(|&node| leads(self, node) == Some(true))
@@ -79,7 +79,8 @@ impl Scenario {
     }
 
     fn check_converged(&mut self) -> Verdict {
-        let full = |s: &Self| s.plan.volumes.iter().all(|v| usize::from(v.replicas) <= s.plan.shape.cs);
+        let servers = |s: &Self| s.cluster.cs.iter().filter(|cs| !cs.retired).count();
+        let full = |s: &Self| s.plan.volumes.iter().all(|v| usize::from(v.replicas) <= servers(s));
         if !full(self) {
             return Ok(());
         }
@@ -119,7 +120,8 @@ impl Scenario {
 
     /// I11 at rest, and the counts against a full count.
     fn check_metadata(&mut self) -> Verdict {
-        let nodes: Vec<NodeIndex> = self.cluster.mds.iter().map(|mds| mds.node).collect();
+        let alive = self.cluster.mds.iter().filter(|mds| !mds.retired);
+        let nodes: Vec<NodeIndex> = alive.map(|mds| mds.node).collect();
         let states = |s: &mut Self| -> Vec<(u64, u64)> {
             let state = |core: &mut SimMds| (core.applied(), core.meta().state_hash());
             nodes.iter().filter_map(|&node| s.cluster.world.inspect::<SimMds, _>(node, state)).collect()
@@ -184,6 +186,9 @@ impl Scenario {
         for index in 0..self.cluster.cs.len() {
             let node = self.cluster.cs[index].node;
             self.cluster.world.kill(node);
+            if self.cluster.cs[index].retired {
+                continue;
+            }
             let (options, Some(id)) = (self.cluster.store_options(index), self.cluster.cs[index].id) else { continue };
             let disk = self.cluster.world.nodes[node.0].disks[0].clone();
             let store = OpenStore::open(disk, options).map_err(|why| broken(Invariant::I8, format!("{id}: {why}")))?;

@@ -411,7 +411,7 @@ fn serve(repository: &Path) -> Result<()> {
     let options = CsOptions::read(repository)?;
     // What the cluster shows as its place must mean the same everywhere.
     let repository = std::fs::canonicalize(repository).with_context(|| format!("resolve {}", repository.display()))?;
-    let mut config = CsRunConfig::new(repository, name, files.key()?, files.servers()?);
+    let mut config = CsRunConfig::new(repository, name, files.key()?, files.all_servers()?);
     let Place { rack, row, room, site } = options.place;
     config.place = [rack, row, room, site];
     config.listen = Some(options.listen);

@@ -232,5 +232,6 @@ fn keep_on_this_node(context: &Context, key: &ClusterKey, addr: SocketAddr) -> R
         let before = path.with_extension("list.before-recovery");
         std::fs::copy(&path, &before).with_context(|| format!("copy {} to {}", path.display(), before.display()))?;
     }
+    files.forget_kept_servers()?;
     Ok(files.write_servers(&[addr])?)
 }

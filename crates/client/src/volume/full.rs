@@ -16,6 +16,7 @@ use crate::config::OnNoSpace;
 use crate::io::Ctx;
 use cairn_env::Buf;
 use cairn_env::block::BlockError;
+use cairn_stdx::planted;
 use cairn_types::{BLOCK_SIZE, Duration};
 use cairn_wire::mds::{MdsError, MdsReply, MdsRequest};
 
@@ -121,7 +122,9 @@ impl Volume {
                 self.fail_copy(ctx, slot, index);
             } else if part.internal || part.revived {
                 self.retry_soon(ctx, id, LATER);
-            } else if write.targets.iter().all(|target| target.at == At::Refused) {
+            } else if planted!("refused_write_not_taken_back")
+                || write.targets.iter().all(|target| target.at == At::Refused)
+            {
                 // Nobody took it, so all still hold what they held.
                 self.end_refused(ctx, id);
             } else {

@@ -13,6 +13,7 @@ use crate::io::Ctx;
 use crate::servers::CallFor;
 use crate::timers::Timer;
 use cairn_env::block::BlockError;
+use cairn_stdx::planted;
 use cairn_types::{BLOCK_SIZE_U64, ChunkId, ChunkVersion, Duration, LayerId};
 use cairn_wire::cs::{CsError, CsReply, CsRequest};
 use cairn_wire::mds::{ChunkEntry, LeaseMode, MdsError, MdsReply, MdsRequest, ReplicaRole};
@@ -56,6 +57,18 @@ impl Entry {
     }
 }
 
+/// Every current replica of a version has no such chunk. Either nobody ever created it, or it has moved to other
+/// servers and was deleted where it was: only the map tells, asked after the servers.
+#[derive(Clone, Copy)]
+struct Absent {
+    version: ChunkVersion,
+    /// The last look at the map before the servers had answered.
+    after: u64,
+    /// A later one found this version in force: the chunk was never created, and what it would hold are zeros, until
+    /// it is created from here.
+    sure: bool,
+}
+
 /// One place of the cache.
 #[derive(Default)]
 pub(super) struct Chunk {
@@ -84,6 +97,8 @@ pub(super) struct Chunk {
     round: u32,
     /// Current replicas that have no such chunk, says the present round of preparation.
     missing: Vec<u16>,
+    /// All current replicas said that they have no such chunk.
+    absent: Option<Absent>,
     delayed: bool,
     /// Usable as it stands.
     pub ready: bool,
@@ -223,6 +238,7 @@ impl Volume {
             return;
         }
         let first = chunk.entry.is_none();
+        chunk.absent = None;
         chunk.known = true;
         chunk.ready = false;
         chunk.want = false;
@@ -320,6 +336,9 @@ impl Volume {
         chunk.round = chunk.round.wrapping_add(1);
         chunk.calls = slots.len() as u32;
         chunk.missing.clear();
+        if create {
+            chunk.absent = None;
+        }
         let round = chunk.round;
         if slots.is_empty() {
             chunk.raise = false;
@@ -424,10 +443,32 @@ impl Volume {
                 chunk.raise &= chunk.create;
                 chunk.create = false;
             }
-            Some(_) if entry.current().all(|slot| missing.contains(&slot)) => chunk.create = true,
+            Some(_) if entry.current().all(|slot| missing.contains(&slot)) => {
+                let never = self.was_never_created(index);
+                self.chunk(index).create |= never;
+            }
             Some(slot) => return self.fail_copy(ctx, *slot, index),
         }
         self.drive(ctx, index);
+    }
+
+    /// Every current replica has no such chunk: true when it is known that it was never created. Otherwise the map is
+    /// looked at again, and the servers are asked again after that.
+    pub(super) fn was_never_created(&mut self, index: u64) -> bool {
+        let after = self.fetches;
+        let chunk = self.chunk(index);
+        let Some(version) = chunk.entry.as_ref().map(|entry| entry.version) else { return false };
+        match chunk.absent.filter(|absent| absent.version == version) {
+            Some(absent) if absent.sure => return true,
+            Some(_) => {}
+            None => chunk.absent = Some(Absent { version, after, sure: false }),
+        }
+        if planted!("absence_not_confirmed") {
+            return true;
+        }
+        chunk.fetch = true;
+        chunk.ready = false;
+        false
     }
 
     /// Preparations under way may have lost an answer: they begin anew. Answers the chunks concerned.
@@ -452,7 +493,8 @@ impl Volume {
         }
         chunk.refreshing = true;
         let request = MdsRequest::ChunkMap { volume: self.id, index, limit: MAP_RUN as u32 };
-        ctx.call(request, self.waiter(VolumeCall::Fetch { index }));
+        self.fetches += 1;
+        ctx.call(request, self.waiter(VolumeCall::Fetch { index, nth: self.fetches }));
     }
 
     /// The map changed somewhere: chunks in use are looked up now, the others when they are used.
@@ -471,10 +513,11 @@ impl Volume {
     fn fetch(&mut self, ctx: &mut Ctx<'_>, index: u64) {
         self.chunk(index).fetching = true;
         let request = MdsRequest::ChunkMap { volume: self.id, index, limit: MAP_RUN as u32 };
-        ctx.call(request, self.waiter(VolumeCall::Fetch { index }));
+        self.fetches += 1;
+        ctx.call(request, self.waiter(VolumeCall::Fetch { index, nth: self.fetches }));
     }
 
-    pub(super) fn on_fetched(&mut self, ctx: &mut Ctx<'_>, index: u64, result: Result<MdsReply, MdsError>) {
+    pub(super) fn on_fetched(&mut self, ctx: &mut Ctx<'_>, index: u64, nth: u64, result: Result<MdsReply, MdsError>) {
         let Some(chunk) = self.chunks.get_mut(&index) else { return };
         if std::mem::take(&mut chunk.refreshing) && !chunk.fetching {
             if let Ok(MdsReply::Chunks(entries)) = result {
@@ -513,8 +556,13 @@ impl Volume {
             chunk.ready = false;
             self.forget_writes(ctx, index, index + 1);
         }
-        let unchanged = again && found && self.chunk(index).entry.as_ref().map(|entry| entry.version) == before;
-        let urgent = self.chunk(index).raise || !unchanged;
+        let version = self.chunk(index).entry.as_ref().map(|entry| entry.version);
+        let unchanged = again && found && version == before;
+        let chunk = self.chunk(index);
+        let absent =
+            chunk.absent.as_mut().filter(|absent| found && Some(absent.version) == version && nth > absent.after);
+        let answered = absent.map(|absent| absent.sure = true).is_some();
+        let urgent = chunk.raise || !unchanged || answered;
         if urgent {
             self.drive(ctx, index);
         } else {
@@ -575,6 +623,7 @@ impl Volume {
                         self.fail_waiting_writes(ctx, index, &BlockError::NoSpace);
                         self.drive(ctx, index);
                     } else {
+                        self.end_waiting_trims(ctx, index);
                         self.delay_chunk(ctx, index, LATER);
                     }
                 }
@@ -618,10 +667,26 @@ impl Volume {
         }
     }
 
+    /// Trims do not wait for room: where there is no chunk they find nothing to do.
+    fn end_waiting_trims(&mut self, ctx: &mut Ctx<'_>, index: u64) {
+        let is_trim = |volume: &Self, part| {
+            volume.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0 && w.unmap))
+        };
+        for part in std::mem::take(&mut self.chunk(index).waiting) {
+            match is_trim(self, part) {
+                true => self.finish_part(ctx, part, Ok(None)),
+                false => self.chunk(index).waiting.push(part),
+            }
+        }
+    }
+
+    /// Ends the writes that wait for a chunk there will not be. Trims go on: where there is no chunk they find nothing
+    /// to do.
     pub(super) fn fail_waiting_writes(&mut self, ctx: &mut Ctx<'_>, index: u64, error: &BlockError) {
         let waiting = std::mem::take(&mut self.chunk(index).waiting);
         for part in waiting {
-            let fresh = self.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0));
+            let fresh =
+                self.parts.get(part).is_some_and(|p| matches!(&p.body, Body::Write(w) if w.sequence == 0 && !w.unmap));
             if fresh {
                 self.finish_part(ctx, part, Err(error.clone()));
             } else {

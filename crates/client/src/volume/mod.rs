@@ -52,7 +52,7 @@ const TICK: Duration = Duration::from_millis(500);
 /// Calls a volume makes to the metadata servers.
 pub(crate) enum VolumeCall {
     Acquire,
-    Fetch { index: u64 },
+    Fetch { index: u64, nth: u64 },
     Allocate { indexes: Vec<u64> },
     Failed { slot: u16, index: Option<u64> },
     Full { index: u64 },
@@ -140,6 +140,8 @@ pub(crate) struct Volume {
     forgotten: Vec<u64>,
     /// No chunk existed when the lease was granted: what is not in the cache is a hole.
     virgin: bool,
+    /// Looks at the map begun so far.
+    fetches: u64,
     allocate: Vec<u64>,
     allocating: bool,
     /// The metadata servers said that nobody has room; until then they are not asked again.
@@ -194,6 +196,7 @@ impl Volume {
             chunk_order: VecDeque::new(),
             forgotten: Vec::new(),
             virgin: false,
+            fetches: 0,
             allocate: Vec::new(),
             allocating: false,
             no_room_until: None,
@@ -558,7 +561,7 @@ impl Volume {
         }
         match call {
             VolumeCall::Acquire => self.on_acquired(ctx, result),
-            VolumeCall::Fetch { index } => self.on_fetched(ctx, index, result),
+            VolumeCall::Fetch { index, nth } => self.on_fetched(ctx, index, nth, result),
             VolumeCall::Allocate { indexes } => self.on_allocated(ctx, indexes, result),
             VolumeCall::Failed { slot, index } => self.on_failed(ctx, slot, index, result),
             VolumeCall::Full { index } => self.on_room(ctx, index, result),

@@ -212,10 +212,17 @@ impl Volume {
         if entry.current().count() == 0 {
             self.retry_read(ctx, id);
         } else if said(DataStatus::NoSuchChunk) == bad.len() {
-            // Allocated and never written: all current replicas agree that there is nothing, and all were asked at our
-            // epoch.
-            let zeros = ctx.zeros.slice(0, count as usize * BLOCK_SIZE);
-            self.finish_part(ctx, id, Ok(Some(zeros)));
+            // Allocated and never written, if that is the set in force: all current replicas agree that there is
+            // nothing, and all were asked at our epoch.
+            if self.was_never_created(index) {
+                let zeros = ctx.zeros.slice(0, count as usize * BLOCK_SIZE);
+                self.finish_part(ctx, id, Ok(Some(zeros)));
+                return;
+            }
+            if let Some((read, ..)) = self.read_part(id) {
+                read.bad.clear();
+            }
+            self.start_part(ctx, id);
         } else if count > 1 && said(DataStatus::Corrupt) > 0 {
             self.split_read(ctx, id);
         } else {
@@ -433,6 +440,13 @@ impl Volume {
             // Without such a chunk on any of them there is nothing; where they cannot tell, to call it data is true
             // enough.
             let nothing = tried.iter().all(|(_, status)| *status == DataStatus::NoSuchChunk);
+            if nothing && !self.was_never_created(index) {
+                if let Some(Part { body: Body::Extents { tried, .. }, .. }) = self.parts.get_mut(id) {
+                    tried.clear();
+                }
+                self.start_part(ctx, id);
+                return;
+            }
             let runs = if nothing { Vec::new() } else { vec![(next, end)] };
             self.end_extents(ctx, id, runs);
             return;

@@ -87,7 +87,7 @@ impl Target {
 }
 
 pub(super) struct WritePart {
-    unmap: bool,
+    pub unmap: bool,
     fua: bool,
     data: Vec<Buf>,
     checksums: Vec<u64>,
@@ -427,7 +427,7 @@ impl Volume {
     }
 
     /// Every current replica was asked and some have no such chunk: if none has it, it was allocated and never created,
-    /// so it is created now; otherwise those without it have lost it.
+    /// so it is created now, if the map agrees; otherwise those without it have lost it.
     fn check_missing(&mut self, ctx: &mut Ctx<'_>, id: u64) {
         let Some(part) = self.parts.get(id) else { return };
         let index = part.index;
@@ -445,8 +445,9 @@ impl Volume {
         let Some(Part { body: Body::Write(write), .. }) = self.parts.get_mut(id) else { return };
         write.targets.iter_mut().filter(|t| t.at == At::Missing).for_each(|t| t.at = At::Unsent);
         if all {
+            let never = self.was_never_created(index);
             let chunk = self.chunk(index);
-            chunk.create = true;
+            chunk.create |= never;
             chunk.ready = false;
             self.drive(ctx, index);
         } else {

@@ -3,10 +3,10 @@
 use crate::world::*;
 use cairn_client::VolumeHandle;
 use cairn_env::Buf;
-use cairn_env::block::{BlockError, BlockOp};
+use cairn_env::block::{BlockError, BlockOp, BlockReply};
 use cairn_stdx::Rng;
 use cairn_types::VolumeId;
-use cairn_wire::mds::{LeaseMode, MdsRequest};
+use cairn_wire::mds::{LeaseMode, MdsReply, MdsRequest};
 
 fn ready(seed: u64, servers: usize) -> (World, usize, VolumeId, VolumeHandle) {
     let mut world = World::new(seed, servers);
@@ -585,8 +585,8 @@ pub fn storm(seed: u64) {
 
 /// The old holder cannot reach the metadata servers, the new one cannot reach a replica, which is therefore taken out
 /// without being fenced: only confirmation by the other replicas keeps the old holder from reading there.
-pub fn stale_replica_is_not_read() {
-    let (mut world, client, volume, handle) = ready(62, 3);
+pub fn stale_replica_is_not_read(seed: u64) {
+    let (mut world, client, volume, handle) = ready(seed, 3);
     fill(&mut world, client, handle, 1);
     world.flush(client, handle);
     world.partition(client, 0, true);
@@ -603,7 +603,7 @@ pub fn stale_replica_is_not_read() {
 
 #[test]
 fn an_unfenced_replica_is_not_read_without_confirmation() {
-    stale_replica_is_not_read();
+    stale_replica_is_not_read(62);
 }
 
 /// What was acknowledged before a release survives a power cut of everything after it.
@@ -643,4 +643,45 @@ pub fn reopening_goes_on() {
 #[test]
 fn a_reopened_volume_never_reuses_a_number() {
     reopening_goes_on();
+}
+
+/// A chunk whose only copy was moved away while its holder looked elsewhere is neither a hole nor made anew where it
+/// was.
+pub fn moved_chunks_are_found(seed: u64) {
+    let mut world = World::new(seed, 3);
+    let (client, operator) = (world.add_client(), world.add_client());
+    let volume = world.create_volume(client, "moved", 8 * CHUNK, "1:1");
+    let mut handle = world.open(client, volume);
+    fill(&mut world, client, handle, 1);
+    world.flush(client, handle);
+    let Ok(MdsReply::Chunks(entries)) = world.call(client, MdsRequest::ChunkMap { volume, index: 0, limit: 1 }) else {
+        panic!("a map");
+    };
+    let cs = entries[0].replicas[0].cs;
+    // The client hears nothing of it, for less than its lease lasts.
+    world.partition(client, 0, true);
+    world.call(operator, MdsRequest::CsRemove { cs, force: false, cancel: false }).unwrap();
+    world.run_for(5 * SECOND);
+    world.partition(client, 0, false);
+    match seed % 3 {
+        0 => check(&mut world, client, handle, 1),
+        1 => {
+            // Not a hole either.
+            let op = BlockOp::Extents { offset: 0, len: 4096 };
+            let BlockReply::Extents(extents) = world.run(client, handle, op).unwrap() else { panic!("extents") };
+            assert!(extents.iter().all(|extent| extent.data), "{extents:?}");
+        }
+        _ => {
+            // Written now, it is written where the chunk is.
+            fill(&mut world, client, handle, 7);
+            world.close(client, handle, true);
+            handle = world.open(operator, volume);
+            check(&mut world, operator, handle, 7);
+        }
+    }
+}
+
+#[test]
+fn a_chunk_that_was_moved_is_not_taken_for_one_never_written() {
+    (80..86).for_each(moved_chunks_are_found);
 }

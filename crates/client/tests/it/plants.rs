@@ -1,6 +1,8 @@
 //! Every planted bug of the client is seen by a test that passes without it.
 
-use crate::faults::{release_makes_durable, reopening_goes_on, stale_replica_is_not_read, storm};
+use crate::faults::{
+    moved_chunks_are_found, release_makes_durable, reopening_goes_on, stale_replica_is_not_read, storm,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 fn found(name: &'static str, seeds: u64, scenario: impl Fn(u64)) {
@@ -27,7 +29,7 @@ fn taking_the_lower_epoch_in_a_tail_merge_is_seen() {
 
 #[test]
 fn trusting_the_clock_too_long_is_seen() {
-    found("holder_trusts_its_clock_too_long", 1, |_| stale_replica_is_not_read());
+    found("holder_trusts_its_clock_too_long", 10, |seed| stale_replica_is_not_read(62 + seed));
 }
 
 #[test]
@@ -38,4 +40,9 @@ fn releasing_before_draining_is_seen() {
 #[test]
 fn reusing_a_sequence_after_reopening_is_seen() {
     found("sequence_reused_after_reopen", 1, |_| reopening_goes_on());
+}
+
+#[test]
+fn taking_a_moved_chunk_for_one_never_written_is_seen() {
+    found("absence_not_confirmed", 1, |_| moved_chunks_are_found(81));
 }

@@ -295,6 +295,7 @@ impl World {
             capacity: 0,
             repository: format!("/cs{place}"),
             mds: vec![addr(0)],
+            mds_known: Vec::new(),
             durable_always: false,
             scrub_chunks_per_minute: 0,
         };

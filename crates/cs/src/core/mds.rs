@@ -1,13 +1,16 @@
 //! The link to the metadata servers: registration, heartbeats, chunk reports, orders.
 //!
 //! Copies just made are reported within seconds, all copies hourly. One call is outstanding at a time. A follower
-//! names the leader; when nobody answers the configured addresses are tried in turn with a bounded, growing pause.
+//! names the leader; when nobody answers, the addresses that the metadata servers told last are tried in turn, and
+//! after each round of them one of those configured, with a bounded, growing pause. So a server finds the group however
+//! often its members were replaced, as long as it heard of some of the present ones.
 //! Data requests never wait for any of this.
 
 use super::CsCore;
 use super::control::{Audience, Control};
 use super::rebuild::RebuildOrder;
 use crate::lineage::Lineage;
+use cairn_stdx::planted;
 use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
 use cairn_wire::mds::{
     Call, ChunkReport, CsOrder, CsProfile, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push,
@@ -24,6 +27,10 @@ pub const MARK_EVERY: Duration = Duration::from_secs(5);
 pub const REPORT_EVERY: Duration = Duration::from_secs(3600);
 /// Copies in one piece of a report.
 pub const REPORT_PAGE: usize = 4096;
+/// The addresses of all metadata servers are asked for this often at most.
+pub const TOPOLOGY_EVERY: Duration = Duration::from_millis(500);
+/// Addresses of metadata servers that are kept; a cluster has at most fifteen.
+const SERVERS_MAX: usize = 64;
 /// A metadata server that does not answer for this long is left for another.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
 /// First and longest pause between attempts.
@@ -67,6 +74,7 @@ enum Asked {
     Heartbeat { done: usize, damaged: usize },
     Report { last: bool },
     Mark { durable: u64 },
+    Topology,
 }
 
 /// State of the link.
@@ -74,7 +82,12 @@ enum Asked {
 pub(super) struct MdsLink {
     cs: Option<CsId>,
     phase: Phase,
-    /// Next configured address to try.
+    /// Addresses of all metadata servers, as they told them last.
+    servers: Vec<SocketAddr>,
+    /// They may have changed; and when they may be asked for.
+    topology_wanted: bool,
+    topology_at: Instant,
+    /// Attempts without a leader to turn to.
     target: usize,
     /// Named by a follower.
     leader: Option<SocketAddr>,
@@ -108,10 +121,13 @@ pub(super) struct MdsLink {
 }
 
 impl MdsLink {
-    pub(super) fn new(cs: Option<CsId>) -> Self {
+    pub(super) fn new(cs: Option<CsId>, servers: Vec<SocketAddr>) -> Self {
         Self {
             cs,
             phase: Phase::Starting,
+            servers,
+            topology_wanted: false,
+            topology_at: Instant(0),
             target: 0,
             leader: None,
             hops: 0,
@@ -139,6 +155,20 @@ impl MdsLink {
 
     pub(super) fn cs(&self) -> Option<CsId> {
         self.cs
+    }
+
+    pub(super) fn servers(&self) -> &[SocketAddr] {
+        &self.servers
+    }
+
+    /// The address to try next: those the metadata servers told in turn, and one of the others after each round.
+    fn next_address(&mut self, configured: &[SocketAddr]) -> Option<SocketAddr> {
+        let others: Vec<SocketAddr> = configured.iter().copied().filter(|addr| !self.servers.contains(addr)).collect();
+        let round = self.servers.len() + usize::from(!others.is_empty());
+        let nth = self.target;
+        self.target = self.target.wrapping_add(1);
+        let (rounds, place) = (nth.checked_div(round)?, nth % round);
+        Some(self.servers.get(place).copied().unwrap_or_else(|| others[rounds % others.len()]))
     }
 
     /// The nonce of this start is durable.
@@ -224,13 +254,8 @@ impl CsCore {
     }
 
     fn mds_connect(&mut self, now: Now, out: &mut Effects) {
-        let addresses = &self.config.mds;
-        let next = self.mds.leader.take().or_else(|| {
-            let addr = addresses.get(self.mds.target % addresses.len().max(1)).copied();
-            self.mds.target = self.mds.target.wrapping_add(1);
-            addr
-        });
-        let Some(addr) = next else {
+        let leader = self.mds.leader.take();
+        let Some(addr) = leader.or_else(|| self.mds.next_address(&self.config.mds)) else {
             self.mds.phase = Phase::Pause { until: now.mono + BACKOFF[1] };
             return;
         };
@@ -256,6 +281,11 @@ impl CsCore {
                 self.mds.urgent = false;
                 self.mds.heartbeat_at = now.mono + HEARTBEAT_EVERY;
                 self.heartbeat(cs)
+            }
+            Some(_) if self.mds.topology_wanted && now.mono >= self.mds.topology_at => {
+                self.mds.topology_wanted = false;
+                self.mds.topology_at = now.mono + TOPOLOGY_EVERY;
+                (Asked::Topology, MdsRequest::Topology)
             }
             Some(cs) if self.store.durable_lsn() > self.mds.marked && now.mono >= self.mds.mark_at => {
                 self.mds.mark_at = now.mono + MARK_EVERY;
@@ -456,6 +486,10 @@ impl CsCore {
                     self.mds.urgent = true;
                     None
                 }
+                Ok(Push::TopologyChanged) => {
+                    self.mds.topology_wanted = true;
+                    None
+                }
                 Ok(_) => None,
                 Err(error) => Some(error.to_string()),
             },
@@ -504,6 +538,7 @@ impl CsCore {
                 self.mds.backoff = BACKOFF[0];
                 self.mds.last_trouble.clear();
                 self.mds.urgent = true;
+                self.mds.topology_wanted = true;
                 self.mds.report_at = now.mono;
                 self.mds.report = None;
             }
@@ -521,11 +556,19 @@ impl CsCore {
                 self.take_orders(now, orders, out);
             }
             (Asked::Mark { durable }, Ok(MdsReply::Done)) => self.mds.marked = durable,
+            (Asked::Topology, Ok(MdsReply::Topology { mds, .. })) if !mds.is_empty() => {
+                if planted!("servers_of_the_start_only") {
+                    return;
+                }
+                self.mds.servers = mds.iter().map(|info| info.addr).take(SERVERS_MAX).collect();
+            }
             (_, Ok(MdsReply::CsTurnedAway { reason })) => {
                 self.mds_give_up(now, "turned away", out);
                 self.stop(reason, out);
             }
             (_, Err(MdsError::NotLeader { leader })) => self.mds_follow(now, leader, out),
+            // They are asked again; the link is good for everything else.
+            (Asked::Topology, Err(_)) => self.mds.topology_wanted = true,
             (Asked::Register, Err(MdsError::Refused(reason))) if !self.mds.ever_registered => {
                 let reason = format!("the metadata servers refuse this chunk server: {reason}");
                 self.stop(reason, out);

@@ -334,6 +334,67 @@ fn a_copy_just_made_is_reported_once_its_writes_are_settled() {
 }
 
 #[test]
+fn it_follows_the_group_when_all_its_members_are_replaced_running_and_started_anew() {
+    let (mut world, client) = ready(15);
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.core(0).mds_servers(), [mds_addr(0)]);
+    // One at a time, as a group is replaced; the chunk server was told of the first only.
+    for round in 1..5 {
+        world.change_group(vec![mds_addr(round - 1), mds_addr(round)]);
+        world.pass(Duration::from_secs(10));
+        world.change_group(vec![mds_addr(round)]);
+        world.pass(Duration::from_secs(10));
+        assert_eq!(world.core(0).mds_servers(), [mds_addr(round)]);
+        world.cut_mds(0);
+        let (before, asked) = (world.nodes[0].heartbeats, world.nodes[0].topologies);
+        world.pass(Duration::from_secs(10));
+        assert!(world.nodes[0].heartbeats > before, "round {round}");
+        assert!(world.nodes[0].topologies > asked, "asked after each registration");
+        let (request, data) = write(1, 5, round as u64, 0, 1, 1);
+        assert_eq!(world.status(client, &request, data), DataStatus::Ok);
+    }
+    // It finds the group from what was written down, though nobody is where it was told to look.
+    for round in 5..7 {
+        world.kill(0);
+        world.start(0);
+        let before = world.nodes[0].heartbeats;
+        world.pass(Duration::from_secs(10));
+        assert!(world.nodes[0].heartbeats > before);
+        world.change_group(vec![mds_addr(round)]);
+        world.pass(Duration::from_secs(10));
+    }
+}
+
+#[test]
+fn the_addresses_told_at_the_start_count_when_nobody_is_where_the_group_was() {
+    let (mut world, _) = ready(16);
+    world.change_group(vec![mds_addr(3), mds_addr(4), mds_addr(5)]);
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.core(0).mds_servers().len(), 3);
+    world.kill(0);
+    // Replaced while it was away; the operator tells it of one of the new ones.
+    world.group = vec![mds_addr(7)];
+    world.nodes[0].config.mds = vec![mds_addr(0), mds_addr(7)];
+    world.start(0);
+    let before = world.nodes[0].heartbeats;
+    world.pass(Duration::from_secs(60));
+    assert!(world.nodes[0].heartbeats > before);
+    assert_eq!(world.core(0).mds_servers(), [mds_addr(7)]);
+}
+
+#[test]
+fn many_changes_of_the_topology_are_asked_for_twice_a_second_at_most() {
+    let (mut world, _) = ready(17);
+    let before = world.nodes[0].topologies;
+    for _ in 0..600 {
+        world.change_group(vec![mds_addr(0)]);
+        world.pass(Duration::from_millis(100));
+    }
+    let asked = world.nodes[0].topologies - before;
+    assert!((60..=130).contains(&asked), "{asked} times in a minute");
+}
+
+#[test]
 fn it_registers_reports_beats_and_finds_the_leader() {
     let (mut world, client) = ready(14);
     assert_eq!(world.core(0).id(), Some(cs_of(0)));

@@ -8,7 +8,7 @@ use cairn_types::*;
 use cairn_wire::auth::ClusterKey;
 use cairn_wire::cs::{CsReply, CsRequest};
 use cairn_wire::data::{DataOp, DataReply, DataRequest, DataStatus};
-use cairn_wire::mds::{Call, MdsError, MdsReply, MdsRequest};
+use cairn_wire::mds::{Call, MdsError, MdsInfo, MdsReply, MdsRequest};
 use cairn_wire::{Effects, Event, Frame, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
@@ -23,6 +23,8 @@ struct Other {
     up: bool,
     frames: BTreeMap<u64, Frame>,
     heartbeats: u64,
+    /// Where it says that metadata servers are.
+    group: Vec<SocketAddr>,
 }
 
 impl Process for Other {
@@ -42,6 +44,16 @@ impl Process for Other {
                         Ok(MdsReply::Orders(Vec::new()))
                     }
                     MdsRequest::CsMark { .. } => Ok(MdsReply::Done),
+                    MdsRequest::Topology => {
+                        let mds = |addr: &SocketAddr| MdsInfo {
+                            mds: MdsId(1),
+                            addr: *addr,
+                            voter: true,
+                            repository: String::new(),
+                        };
+                        let mds = self.group.iter().map(mds).collect();
+                        Ok(MdsReply::Topology { revision: 1, mds, cs: Vec::new() })
+                    }
                     _ => Ok(MdsReply::Orders(Vec::new())),
                 };
                 out.send(link, FrameKind::MdsReply, frame.id, cairn_wire::encode(&reply));
@@ -55,14 +67,12 @@ fn key() -> ClusterKey {
     ClusterKey::from_hex(&"5a".repeat(32)).unwrap()
 }
 
-fn other() -> (Reactor<Other>, SocketAddr) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let addr = listener.local_addr().unwrap();
+fn other(listener: TcpListener, group: &[SocketAddr]) -> Reactor<Other> {
     let node = NodeId::Mds(MdsId(1));
     let identity = Identity { key: key(), cluster_name: "stor1".into(), cluster: Some(CLUSTER), node };
     let config =
         ReactorConfig { identity, listen: vec![listener], disks: Vec::new(), options: ReactorOptions::default() };
-    (Reactor::start(config, Other::default()).unwrap(), addr)
+    Reactor::start(config, Other { group: group.to_vec(), ..Other::default() }).unwrap()
 }
 
 /// Waits for something by asking after every turn of the runtime; time only bounds a failure.
@@ -96,8 +106,9 @@ async fn data(other: &Reactor<Other>, id: u64, request: &DataRequest, payload: B
     (DataReply::decode(&frame.prefix, frame.payload.len()).unwrap(), frame.payload)
 }
 
-async fn session(dir: &Path, generation: u64) -> u8 {
-    let (other, mds) = other();
+/// Metadata servers that say that they are those of `group`; the chunk server is told of `mds`.
+async fn session(dir: &Path, generation: u64, listener: TcpListener, group: &[SocketAddr], mds: SocketAddr) -> u8 {
+    let other = other(listener, group);
     let config = CsRunConfig {
         listen: Some("127.0.0.1:0".parse().unwrap()),
         ..CsRunConfig::new(dir.to_owned(), "stor1".into(), key(), vec![mds])
@@ -120,6 +131,7 @@ async fn session(dir: &Path, generation: u64) -> u8 {
     }
     let (reply, payload) = data(&other, 5, &op(DataOp::Read, 1, generation, 0, 8), Buf::default()).await;
     assert_eq!(reply.status, DataStatus::Ok);
+    wait(|| running.reactor.peek(|core| (core.mds_servers() == group).then_some(()))).await;
     running.stop().await;
     other.stop();
     payload[0]
@@ -141,9 +153,13 @@ fn it_is_made_run_stopped_and_run_again() {
         fill: false,
     };
     make_cs(&make, |_| {}).unwrap();
-    assert_eq!(block_on_local(session(&dir, 1)).unwrap(), 0x77);
+    let listeners = [0, 0].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    let [first, second] = [0, 1].map(|at: usize| listeners[at].local_addr().unwrap());
+    let [listener, later] = listeners;
+    // The first metadata server says that the group will be elsewhere, and that is where it is found.
+    assert_eq!(block_on_local(session(&dir, 1, listener, &[second], first)).unwrap(), 0x77);
     assert_eq!(read_identity(&dir).unwrap().cs, Some(CsId(1030)), "the id was written down");
-    assert_eq!(block_on_local(session(&dir, 2)).unwrap(), 0x77);
+    assert_eq!(block_on_local(session(&dir, 2, later, &[second], first)).unwrap(), 0x77);
 }
 
 #[test]

@@ -20,10 +20,13 @@ pub const CHUNK: ChunkId = ChunkId(900);
 /// Small chunks keep tests quick; the rules do not depend on the size.
 pub const BLOCKS: u32 = 512;
 const DISK_SIZE: u64 = 32 << 20;
-const MDS: &str = "127.0.0.1:7000";
 
 pub fn addr_of(node: usize) -> SocketAddr {
     format!("127.0.0.1:{}", 8000 + node).parse().unwrap()
+}
+
+pub fn mds_addr(index: usize) -> SocketAddr {
+    format!("127.0.0.1:{}", 7000 + index).parse().unwrap()
 }
 
 pub fn cs_of(node: usize) -> CsId {
@@ -49,7 +52,7 @@ pub struct Node {
     /// Connections to it fail while set.
     pub unreachable: bool,
     incarnation: u64,
-    config: CsConfig,
+    pub config: CsConfig,
     /// What the scripted metadata server heard and will answer.
     pub orders: Vec<CsOrder>,
     pub done: Vec<OrderDone>,
@@ -58,6 +61,8 @@ pub struct Node {
     pub reports: BTreeMap<ChunkId, ChunkVersion>,
     pub heartbeats: u64,
     pub registrations: u64,
+    /// Times it asked for the addresses of the metadata servers.
+    pub topologies: u64,
     /// Nonce of a registration that was answered and is to be confirmed.
     pub unconfirmed: Option<u64>,
     /// What was told to be durable.
@@ -82,6 +87,8 @@ pub struct Client {
 pub struct World {
     pub now: u64,
     pub rng: Rng,
+    /// Where metadata servers are.
+    pub group: Vec<SocketAddr>,
     pub nodes: Vec<Node>,
     pub clients: Vec<Client>,
     /// Both directions of every link: from one end to the other.
@@ -104,6 +111,7 @@ impl World {
         let mut world = Self {
             now: 1_000_000_000,
             rng: Rng::new(seed),
+            group: vec![mds_addr(0)],
             nodes: Vec::new(),
             clients: Vec::new(),
             routes: BTreeMap::new(),
@@ -128,7 +136,8 @@ impl World {
                 tier: 0,
                 capacity: 0,
                 repository: format!("/cs{node}"),
-                mds: vec![MDS.parse().unwrap()],
+                mds: vec![mds_addr(0)],
+                mds_known: Vec::new(),
                 durable_always: false,
                 scrub_chunks_per_minute: 0,
             };
@@ -156,6 +165,7 @@ impl World {
                 reports: BTreeMap::new(),
                 heartbeats: 0,
                 registrations: 0,
+                topologies: 0,
                 unconfirmed: None,
                 marked: 0,
                 lineage: Lineage::default(),
@@ -187,6 +197,9 @@ impl World {
     }
 
     fn vanish(&mut self, node: usize) {
+        // What the shell wrote down.
+        self.nodes[node].config.mds_known =
+            self.nodes[node].core.as_ref().map_or(Vec::new(), |core| core.mds_servers().to_vec());
         self.nodes[node].core = None;
         self.nodes[node].mds_link = None;
         let ends: Vec<End> =
@@ -276,7 +289,7 @@ impl World {
 
     fn connect(&mut self, node: usize, link: LinkId, addr: SocketAddr) {
         let here = End::Node(node, link);
-        if addr == MDS.parse().unwrap() {
+        if self.group.contains(&addr) {
             self.nodes[node].mds_link = Some(link);
             return self.join(here, End::Mds(node), NodeId::Mds(MdsId(1)), None);
         }
@@ -394,6 +407,15 @@ impl World {
                 n.reports.extend(chunks.iter().map(|report| (report.chunk, report.version)));
                 Ok(MdsReply::Orders(Vec::new()))
             }
+            (None, MdsRequest::Topology) => {
+                n.topologies += 1;
+                let info = |(index, addr): (usize, &SocketAddr)| {
+                    let mds = MdsId(index as u64 + 1);
+                    MdsInfo { mds, addr: *addr, voter: true, repository: String::new() }
+                };
+                let mds = self.group.iter().enumerate().map(info).collect();
+                Ok(MdsReply::Topology { revision: 1, mds, cs: Vec::new() })
+            }
             (None, other) => panic!("a chunk server asks {other:?}"),
         };
         self.reply_as_mds(node, call.id, &reply);
@@ -407,8 +429,27 @@ impl World {
     /// Gives a node an order and tells it so.
     pub fn order(&mut self, node: usize, order: CsOrder) {
         self.nodes[node].orders.push(order);
-        let push = frame(FrameKind::MdsPush, 0, cairn_wire::encode(&Push::OrdersWaiting), Buf::default());
+        self.push(node, &Push::OrdersWaiting);
+    }
+
+    fn push(&mut self, node: usize, push: &Push) {
+        let push = frame(FrameKind::MdsPush, 0, cairn_wire::encode(push), Buf::default());
         self.post(End::Mds(node), push);
+    }
+
+    /// The metadata servers are others from now on, and tell so.
+    pub fn change_group(&mut self, group: Vec<SocketAddr>) {
+        self.group = group;
+        for node in 0..self.nodes.len() {
+            if self.nodes[node].mds_link.is_some() {
+                self.push(node, &Push::TopologyChanged);
+            }
+        }
+    }
+
+    /// The link to the metadata server is gone, as with its process.
+    pub fn cut_mds(&mut self, node: usize) {
+        self.cut(End::Mds(node), "the peer died");
     }
 
     /// Lets everything happen that can happen without time passing.

@@ -129,6 +129,7 @@ impl RealCluster {
             purpose: purpose.to_owned(),
             kind: SessionKind::Client,
             on_no_space: OnNoSpace::Fail,
+            keep_servers: None,
         }
     }
 
