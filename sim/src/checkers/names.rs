@@ -36,6 +36,8 @@ pub enum NameResult {
     Missing,
     /// There is one already.
     Exists,
+    /// Nothing was done, whatever there is.
+    Refused,
 }
 
 /// A call; times are the simulator's true time.
@@ -178,6 +180,9 @@ impl Search<'_> {
         let result = ended.map(|(_, result)| result);
         let fits = |would: NameResult| result.is_none_or(|told| told == would);
         let mut after = *state;
+        if result == Some(NameResult::Refused) {
+            return Some(after);
+        }
         match op {
             NameOp::Create(name) if state[name].is_some() => return fits(NameResult::Exists).then_some(after),
             NameOp::Create(name) => {

@@ -1,6 +1,7 @@
 //! Clients that work on the same few names: what they are told must fit one order.
 
 use super::load::{Kind, Pending};
+use super::plan::FaultKind;
 use super::{Answer, Scenario, TOKEN_NAMES, Verdict, broken};
 use crate::checkers::names::{CallId, NAMES, NameOp, NameResult};
 use crate::checkers::shadow::Invariant;
@@ -89,6 +90,7 @@ impl Scenario {
             Ok(_) => NameResult::Done,
             Err(MdsError::Posix(errno)) if errno == ENOENT => NameResult::Missing,
             Err(MdsError::Posix(errno)) if errno == EEXIST => NameResult::Exists,
+            Err(MdsError::NoSpace(_)) if self.plan.faults.contains(&FaultKind::FullMds) => NameResult::Refused,
             // It may have happened, or may yet.
             Err(MdsError::Unavailable(_) | MdsError::Unknown | MdsError::SessionEnded(_)) => return Ok(()),
             Err(error) => return Err(broken(Invariant::Names, format!("{op:?}: {error}"))),

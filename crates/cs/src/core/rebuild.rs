@@ -195,9 +195,7 @@ impl CsCore {
             if (order.joined, order.entry.version) >= (waiting.joined, waiting.entry.version) {
                 *waiting = order;
             }
-            return;
-        }
-        if self.rebuilds.waiting.len() < REBUILDS_WAITING_MAX {
+        } else if self.rebuilds.waiting.len() < REBUILDS_WAITING_MAX {
             self.rebuilds.waiting.push_back(order);
         }
         self.start_rebuilds(now, out);
@@ -275,6 +273,8 @@ impl CsCore {
         if self.rebuilds.gate.is_some_and(|gate| now.mono >= gate) {
             self.rebuilds.gate = None;
         }
+        // Rebuilds end in many places; whatever waits has its turn here at the latest.
+        self.start_rebuilds(now, out);
         if self.rebuilds.jobs.is_empty() {
             return;
         }
