@@ -61,6 +61,9 @@ fn copies_leave_a_full_server_for_one_with_room() {
         for chunk in 0..chunks {
             world.run(client, handle, write(chunk * per_chunk, 0)).unwrap();
         }
+        // What is moved here moves because there is no room, not for balance.
+        let pairs = vec![("mds.rebalance.gap".to_owned(), "100".to_owned())];
+        world.call(client, MdsRequest::ConfigSet { pairs }).unwrap();
         for _ in 0..small {
             world.add_server(64 * MIB);
         }
