@@ -107,7 +107,7 @@ fn histories_that_happened_are_accepted_and_most_with_one_false_answer_are_not()
             Done => Missing,
             Missing if matches!(calls[at].op, Lookup(_)) => Inode(1_000_000),
             Missing => Done,
-            Exists => Inode(1_000_001),
+            Exists | NameResult::Refused => Inode(1_000_001),
         };
         calls[at].ended = Some((ended, wrong));
         refused += usize::from(check(&calls).is_err());
