@@ -27,20 +27,20 @@ pub struct Marks {
     entries: VecDeque<Entry>,
     /// Highest sequence taken by this process.
     received_max: u64,
-    /// Highest sequence of the epoch known at all, recovered tails included.
+    /// Highest sequence of the epoch known at all, recovered tails and copied blocks included.
     seen_max: u64,
     published: u64,
 }
 
 impl Marks {
-    /// Marks of an epoch whose recovered tail ends at `seen_max`. What an earlier process took does not count for the
-    /// mark: a power cut may have taken it again, which the lease holder learns from the new boot number.
+    /// Marks of an epoch whose tail here ends at `seen_max` already. What an earlier process took does not count for
+    /// the mark: a power cut may have taken it again, which the lease holder learns from the new boot number.
     pub fn new(seen_max: Sequence) -> Self {
         Self { entries: VecDeque::new(), received_max: 0, seen_max: seen_max.0, published: 0 }
     }
 
-    /// Highest sequence of this epoch seen here, before a restart or after: only writes at or below it can be
-    /// duplicates.
+    /// Highest sequence of this epoch that the tail here ever held, before a restart or after, taken or copied: only
+    /// writes at or below it can be duplicates.
     pub fn seen_max(&self) -> Sequence {
         Sequence(self.seen_max)
     }
@@ -57,6 +57,12 @@ impl Marks {
             Some(last) if last.sequence < sequence => Err(self.entries.len()),
             _ => self.entries.binary_search_by_key(&sequence, |entry| entry.sequence),
         }
+    }
+
+    /// A rebuild copies what this write wrote, under its mark: it can come again, and is a duplicate then, although
+    /// nothing of it was taken here.
+    pub fn copied(&mut self, sequence: Sequence) {
+        self.seen_max = self.seen_max.max(sequence.0);
     }
 
     /// True while the store works on a write with this sequence.

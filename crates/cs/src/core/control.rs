@@ -8,7 +8,6 @@ use super::rebuild::RebuildOrder;
 use super::volume::{Volume, Waiting};
 use super::{Copy, CsCore, Pending};
 use crate::links::Caller;
-use crate::marks::Marks;
 use crate::tag::{ChunkTag, CopyState, TAG_SUSPECTS_MAX};
 use cairn_stdx::planted;
 use cairn_store::{StoreError, StoreReply, StoreRequest};
@@ -398,7 +397,7 @@ impl CsCore {
         volume.previous = volume.fenced;
         volume.fenced = epoch;
         volume.floor = volume.floor.max(epoch);
-        volume.marks = Marks::default();
+        volume.marks = super::volume::marks_of(&self.store, id, epoch);
         volume.settled = Sequence(0);
         volume.settle_sent = Sequence(0);
     }

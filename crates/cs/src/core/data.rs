@@ -257,10 +257,11 @@ impl CsCore {
         let volume = self.volumes.get_mut(&id).expect("judged by the caller");
         if planted!("cs_duplicate_uncounted") {
             // The mistake: what is there already counts for nothing.
-        } else if volume.marks.is_clean(self.durable_lsn) {
+        } else if volume.marks.is_clean(self.durable_lsn) && self.answered_lsn <= self.durable_lsn {
             volume.marks.repeated(sequence);
         } else {
-            // Its blocks may stand under a later write that is not durable yet.
+            // Its blocks may stand under a later write that is not durable yet, or come from a rebuild, which the marks
+            // do not track.
             volume.marks.submitted(sequence);
             volume.marks.done(sequence, self.answered_lsn);
         }

@@ -607,6 +607,11 @@ impl CsCore {
             // unsettled tail.
             let settled = (volume.fenced, volume.settled);
             let (epoch, sequence) = tail.filter(|tail| *tail > settled).unwrap_or((volume.fenced, Sequence(0)));
+            if epoch == volume.fenced {
+                // Its holder may send it again, or an earlier write of these blocks. One of an epoch not fenced here
+                // yet is looked up in the tail when it is.
+                volume.marks.copied(sequence);
+            }
             let request = match &data {
                 None => StoreRequest::Unmap {
                     chunk,

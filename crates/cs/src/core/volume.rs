@@ -84,7 +84,6 @@ impl Volume {
     /// The state as the store knows it.
     pub(super) fn load(store: &Store, id: VolumeId, now: Instant) -> Self {
         let fenced = store.fence(id).unwrap_or(Epoch(0));
-        let seen = store.tail(id).filter(|entry| entry.epoch == fenced).map(|entry| entry.sequence).max();
         let (settled_epoch, settled) = store.settled(id);
         let settled = if settled_epoch == fenced { settled } else { Sequence(0) };
         Self {
@@ -94,7 +93,7 @@ impl Volume {
             writes: 0,
             controls: 0,
             waiting: VecDeque::new(),
-            marks: Marks::new(seen.unwrap_or(Sequence(0))),
+            marks: marks_of(store, id, fenced),
             settled,
             settle_sent: settled,
             settle_queued: false,
@@ -122,6 +121,13 @@ impl Volume {
     fn marks_clean(&self, durable_lsn: u64) -> bool {
         self.marks.all_durable(durable_lsn)
     }
+}
+
+/// Marks of an epoch as the tail in the store tells them. It can hold writes of an epoch that is only being fenced now:
+/// a rebuild copied them.
+pub(super) fn marks_of(store: &Store, id: VolumeId, epoch: Epoch) -> Marks {
+    let seen = store.tail(id).filter(|entry| entry.epoch == epoch).map(|entry| entry.sequence).max();
+    Marks::new(seen.unwrap_or(Sequence(0)))
 }
 
 #[cfg(test)]

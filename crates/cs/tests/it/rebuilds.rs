@@ -211,6 +211,59 @@ fn a_rebuild_goes_on_under_load_and_follows_raises() {
     same(&mut world, 3);
 }
 
+/// Two unsettled writes of one block at the source, copied to node 1, and both sent again there, where nothing of the
+/// volume was taken before but what was copied.
+fn writes_sent_again_to_a_copy(seed: u64, fenced_before: bool, cut: bool) {
+    let mut world = World::new(seed, 2);
+    let client = world.client(0, 1, 1);
+    world.fence(client, 5).unwrap();
+    world.create(client, 1, 5);
+    for sequence in [1, 2] {
+        let (request, data) = write(1, 5, sequence, 13, 2, sequence);
+        assert_eq!(world.status(client, &request, data), DataStatus::Ok);
+    }
+    raise(&mut world, client, 1, 2);
+    if fenced_before {
+        let target = world.client(1, 1, 1);
+        world.fence(target, 5).unwrap();
+    }
+    world.order(1, rebuild(1, 2, 2, &[0]));
+    world.pass(Duration::from_secs(2));
+    assert!(world.nodes[1].orders.is_empty(), "{:?} {:?}", world.nodes[1].done, world.nodes[1].log);
+    let target = world.client(1, 1, 2);
+    world.fence(target, 5).unwrap();
+    let (request, data) = write(2, 5, 1, 13, 2, 1);
+    assert_eq!(world.status(target, &request, data), DataStatus::Ok);
+    if cut {
+        // The later one was on its way; what came first is durable.
+        world.pass(Duration::from_secs(2));
+        world.power_cut(1);
+        world.start(1);
+        world.pass(Duration::from_secs(1));
+        let target = world.client(1, 1, 3);
+        world.fence(target, 5).unwrap();
+        for sequence in [1, 2] {
+            let (request, data) = write(2, 5, sequence, 13, 2, sequence);
+            assert_eq!(world.status(target, &request, data), DataStatus::Ok);
+        }
+    }
+    let client = world.client(1, 1, 4);
+    let read = world.read_all(client, 2, 5).unwrap();
+    assert_eq!(read[13..15], [2, 2], "an earlier write does not come back");
+}
+
+#[test]
+fn a_write_sent_again_to_a_copy_made_of_a_later_one_has_no_effect() {
+    writes_sent_again_to_a_copy(10, true, false);
+    writes_sent_again_to_a_copy(11, true, true);
+}
+
+#[test]
+fn nor_has_it_where_the_epoch_became_known_only_after_the_copying() {
+    writes_sent_again_to_a_copy(12, false, false);
+    writes_sent_again_to_a_copy(13, false, true);
+}
+
 /// Rots the blocks with this value, wherever the disk holds them.
 fn rot_blocks(world: &mut World, node: usize, value: u64) {
     let disk = &mut world.nodes[node].disk;
