@@ -55,9 +55,8 @@ pub(crate) const SEEDS_FULL_MDS: u64 = 5;
 pub(crate) const SEEDS_FULL: u64 = 3;
 pub(crate) const SEEDS_MEMBERS: u64 = 17;
 
-/// Power cuts of everything amid changes of membership, and clients that die or lose their leases while disks are full,
-/// are drawn only where the build was told so (`CAIRN_SIM_WIDE=1`): the first shows a stale read that is not understood
-/// yet, the others volumes that cannot be opened for want of room (docs/status.md).
+/// Clients that die or lose their leases while disks are full are drawn only where the build was told so
+/// (`CAIRN_SIM_WIDE=1`): they show volumes that cannot be opened for want of room (docs/status.md).
 const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
 
 /// The largest volume drawn: as many chunks as the scenario looks at.
@@ -227,7 +226,7 @@ impl Plan {
 
     /// Servers come and go while others fail: no failing disks, as a wiped one is enough to survive.
     fn draw_members(&mut self, rng: &mut Rng) {
-        self.faults.retain(|fault| *fault != FaultKind::DiskFails && (WIDE || *fault != FaultKind::CutAll));
+        self.faults.retain(|fault| *fault != FaultKind::DiskFails);
         self.faults.truncate(rng.below(4) as usize);
         let pace = self.faults.len().max(1);
         self.faults.extend(vec![FaultKind::Members; pace]);
