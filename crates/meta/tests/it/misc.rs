@@ -175,6 +175,7 @@ fn one_log_one_state() {
         assert_eq!(first.meta.full_hash(), second.full_hash(), "seed {seed}");
         assert_eq!(first.meta.full_hash(), third.full_hash(), "seed {seed}");
         // An image carried over page by page is the state.
+        second.checkpoint();
         let mut pairs = Vec::new();
         loop {
             let page = second.image_page(pairs.last().map(|(key, _): &(Vec<u8>, Vec<u8>)| key.as_slice()), 50);
