@@ -87,7 +87,7 @@ pub const PLANTED: &[Planted] = &[
     bug("rename_retry_executes_again", Invariant::I18, 100),
     Planted {
         seeds: (SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF),
-        ..bug("mds_declined_image_never_asked_again", Invariant::I17, 400)
+        ..bug("mds_declined_image_never_asked_again", Invariant::I17, RARE)
     },
     bug("raft_ack_before_sync", Invariant::I17, 600),
     bug("raft_read_without_round", Invariant::I3, RARE),
