@@ -6,7 +6,7 @@ use cairn_sim::run::{Options, run};
 use std::collections::BTreeMap;
 
 /// How many planted bugs `some` are.
-const SOME: usize = 12;
+const SOME: usize = 10;
 
 #[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
 fn main() {
