@@ -37,7 +37,7 @@ pub(crate) use ops::Done;
 use ops::Op;
 use reconcile::Reconcile;
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use tracker::Tracker;
 use write::Part;
@@ -165,6 +165,8 @@ pub(crate) struct Volume {
     clean: bool,
     opening_sequence: u64,
     reconcile: Option<Reconcile>,
+    /// Damaged blocks that a reconciliation met: index, replica, block.
+    rotten: BTreeSet<(u64, u16, u32)>,
 }
 
 impl Volume {
@@ -216,6 +218,7 @@ impl Volume {
             clean: true,
             opening_sequence: 0,
             reconcile: None,
+            rotten: BTreeSet::new(),
         }
     }
 

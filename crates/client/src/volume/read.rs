@@ -5,6 +5,7 @@
 //! epoch is still the highest; a hole, which no replica holds, is confirmed by every server of the volume.
 
 use super::map::Entry;
+use super::ops::Done;
 use super::write::{Body, Part, ReadPart};
 use super::{Fence, Volume};
 use crate::io::Ctx;
@@ -195,12 +196,23 @@ impl Volume {
         best.map(|(_, slot)| slot)
     }
 
-    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A holder
-    /// whose copy is damaged is taken out first, or it would win again.
+    /// No holder of the winning write of a reconciliation can be read: it is judged anew from what is left. A damaged
+    /// block is found out, and wins nothing from then on; the rest of that copy may be the only good one. A holder that
+    /// is of no use otherwise is taken out first, or it would win again.
     fn source_lost(&mut self, ctx: &mut Ctx<'_>, id: u64, bad: &[(u16, DataStatus)]) {
-        let Some((_, index, ..)) = self.read_part(id) else { return };
-        for (slot, _) in bad {
-            self.fail_copy(ctx, *slot, index);
+        let Some((_, index, first, count)) = self.read_part(id) else { return };
+        let op = self.parts.get(id).and_then(|part| self.ops.get(&part.op));
+        let reconciles = op.is_some_and(|op| matches!(op.done, Done::Reconcile));
+        if reconciles && count > 1 && bad.iter().any(|(_, status)| *status == DataStatus::Corrupt) {
+            self.split_read(ctx, id);
+            return;
+        }
+        for (slot, status) in bad {
+            if reconciles && *status == DataStatus::Corrupt {
+                self.rotten.insert((index, *slot, first));
+            } else {
+                self.fail_copy(ctx, *slot, index);
+            }
         }
         self.finish_part(ctx, id, Err(BlockError::Other("the source of a reconciliation is lost".to_owned())));
     }

@@ -127,8 +127,13 @@ impl Painting {
 /// What must be copied so that the replicas of one chunk agree: per block the highest origin of the current replicas
 /// wins. The first `current` tails are those; the others belong to copies being rebuilt, which took writes that the
 /// current ones may never have got, or lost some. Where only such a copy names a block, what the current ones hold
-/// wins.
-fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)], current: usize) -> Vec<Copy> {
+/// wins. Blocks that rotted where they are (`rotten`: replica and block) win nothing, and get what the others hold.
+fn differences(
+    index: u64,
+    tails: &[(u16, Vec<TailEntry>)],
+    current: usize,
+    rotten: &BTreeSet<(u16, u32)>,
+) -> Vec<Copy> {
     let mut paintings: Vec<(u16, Painting)> = Vec::with_capacity(tails.len());
     let mut bounds = BTreeSet::new();
     for (slot, tail) in tails {
@@ -143,18 +148,25 @@ fn differences(index: u64, tails: &[(u16, Vec<TailEntry>)], current: usize) -> V
         }
         paintings.push((*slot, painting));
     }
+    bounds.extend(rotten.iter().flat_map(|(_, block)| [*block, block + 1]));
     let bounds: Vec<u32> = bounds.into_iter().collect();
     let mut copies: Vec<Copy> = Vec::new();
     for pair in bounds.windows(2) {
         let (first, end) = (pair[0], pair[1]);
         let origins: Vec<(u16, Option<Origin>)> = paintings.iter().map(|(slot, p)| (*slot, p.at(first))).collect();
-        let known = origins[..current].iter().filter_map(|(_, origin)| *origin);
+        let is_sound = |slot: u16| !rotten.contains(&(slot, first));
+        let sound = || origins[..current].iter().filter(|(slot, _)| is_sound(*slot));
+        if sound().next().is_none() {
+            // Every copy is damaged here: there is nothing to copy.
+            continue;
+        }
+        let known = sound().filter_map(|(_, origin)| *origin);
         let winner = if planted!("tail_merge_takes_lower_epoch") { known.min() } else { known.max() };
-        if origins.iter().all(|(_, origin)| *origin == winner) {
+        if origins.iter().all(|(slot, origin)| *origin == winner && is_sound(*slot)) {
             continue;
         }
         let unmap = winner.is_some_and(|winner| winner.unmap);
-        let holders = origins[..current].iter().filter(|(_, origin)| *origin == winner);
+        let holders = sound().filter(|(_, origin)| *origin == winner);
         let sources: Vec<u16> = holders.map(|(slot, _)| *slot).collect();
         let mut at = first;
         while at < end {
@@ -422,7 +434,8 @@ impl Volume {
             let followers = entry.reps.iter().filter(|rep| !rep.current).map(|rep| rep.slot);
             let tails: Vec<(u16, Vec<TailEntry>)> =
                 Entry::current(entry).chain(followers).map(|slot| (slot, of(slot))).collect();
-            copies.extend(differences(*index, &tails, current));
+            let rotten = self.rotten.iter().filter(|(of, ..)| of == index).map(|(_, slot, block)| (*slot, *block));
+            copies.extend(differences(*index, &tails, current, &rotten.collect()));
         }
         if !unasked.is_empty() {
             // A server came back into a set after the tails were asked for: without its tail nothing is known.
@@ -511,6 +524,7 @@ impl Volume {
     fn finish_reconcile(&mut self, ctx: &mut Ctx<'_>) {
         self.pin_chunks(-1);
         let reconcile = self.reconcile.take().expect("the caller is in it");
+        self.rotten.clear();
         if reconcile.again {
             self.begin_reconcile(ctx);
             return;
@@ -545,7 +559,7 @@ mod tests {
         #[test]
         fn the_highest_write_of_each_block_is_copied_where_replicas_differ(tails in prop::collection::vec(entries(), 1..4)) {
             let tails: Vec<(u16, Vec<TailEntry>)> = tails.into_iter().enumerate().map(|(i, t)| (i as u16, t)).collect();
-            let copies = differences(7, &tails, tails.len());
+            let copies = differences(7, &tails, tails.len(), &BTreeSet::new());
             for block in 0u32..80 {
                 let top = |tail: &[TailEntry]| {
                     let over = |e: &&TailEntry| (e.first_block..e.first_block + e.block_count).contains(&block);
@@ -587,8 +601,28 @@ mod tests {
             (1, vec![entry(5, 8), entry(7, 9)]),
             (2, vec![entry(3, 7), entry(5, 2), entry(7, 9)]),
         ];
-        let copies = differences(0, &tails, 2);
+        let copies = differences(0, &tails, 2, &BTreeSet::new());
         let found: Vec<(u32, u32, &[u16])> = copies.iter().map(|c| (c.first, c.count, &c.sources[..])).collect();
         assert_eq!(found, [(3, 1, &[0, 1][..]), (5, 1, &[0, 1][..])]);
+    }
+
+    #[test]
+    fn what_rotted_wins_nothing_and_gets_what_the_others_hold() {
+        let entry = |first_block, block_count, sequence| TailEntry {
+            chunk: ChunkId(1),
+            first_block,
+            block_count,
+            epoch: Epoch(1),
+            sequence: Sequence(sequence),
+            unmap: false,
+        };
+        // Replica 0 alone has a write of blocks 3 to 6, of which 4 rotted; both have block 9, which rotted in replica 1,
+        // and block 12, which rotted in both.
+        let tails =
+            [(0, vec![entry(3, 4, 8), entry(9, 1, 7), entry(12, 1, 6)]), (1, vec![entry(9, 1, 7), entry(12, 1, 6)])];
+        let rotten = BTreeSet::from([(0, 4), (1, 9), (0, 12), (1, 12)]);
+        let copies = differences(0, &tails, 2, &rotten);
+        let found: Vec<(u32, u32, &[u16])> = copies.iter().map(|c| (c.first, c.count, &c.sources[..])).collect();
+        assert_eq!(found, [(3, 1, &[0][..]), (4, 1, &[1][..]), (5, 2, &[0][..]), (9, 1, &[0][..])]);
     }
 }
