@@ -616,8 +616,8 @@ mod tests {
             sequence: Sequence(sequence),
             unmap: false,
         };
-        // Replica 0 alone has a write of blocks 3 to 6, of which 4 rotted; both have block 9, which rotted in replica 1,
-        // and block 12, which rotted in both.
+        // Replica 0 alone has a write of blocks 3 to 6, of which 4 rotted. Both have block 9, which rotted in
+        // replica 1, and block 12, which rotted in both.
         let tails =
             [(0, vec![entry(3, 4, 8), entry(9, 1, 7), entry(12, 1, 6)]), (1, vec![entry(9, 1, 7), entry(12, 1, 6)])];
         let rotten = BTreeSet::from([(0, 4), (1, 9), (0, 12), (1, 12)]);
