@@ -10,6 +10,7 @@
 //! Start reading at [`reactor`], then [`ring`] for disks and [`link`] for sockets. This is the only crate that asks the
 //! system for the time, and `unsafe` stands only in [`sys`] and [`ring`].
 
+mod awake;
 pub mod clock;
 pub mod cutter;
 pub mod disk;

@@ -5,6 +5,7 @@
 //! that had arrived: it collects disk completions, steps [`Event::Turn`], carries out the effects of all steps in
 //! order, writes every link that has output and submits the ring once.
 
+use crate::awake::{self, Awake};
 use crate::clock;
 use crate::disk::Disk;
 use crate::link::Links;
@@ -22,7 +23,7 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -174,6 +175,7 @@ pub(crate) struct State<P> {
     completions: Vec<(DiskIndex, DiskDone)>,
     /// Frames and completions up to the last turn.
     events_before: u64,
+    awake: Awake,
     wake_at: Option<Instant>,
     stopped: Option<Stopped>,
 }
@@ -233,6 +235,7 @@ impl<P: Process + 'static> Reactor<P> {
                 ring: None,
                 completions: Vec::new(),
                 events_before: 0,
+                awake: Awake::default(),
                 wake_at: None,
                 stopped: None,
             }),
@@ -422,6 +425,18 @@ impl<P: Process + 'static> Inner<P> {
         }
     }
 
+    /// Ends the wakefulness of the cores when there was no work for a while.
+    async fn let_cores_sleep(inner: Weak<Self>) {
+        loop {
+            tokio::time::sleep(awake::REST).await;
+            // A reactor that is gone has let go with its state.
+            match inner.upgrade() {
+                Some(inner) if !inner.state.borrow_mut().awake.lets_go(clock::monotonic()) => {}
+                _ => return,
+            }
+        }
+    }
+
     /// Ready when a turn is due. A readable ring makes one due behind the tasks that are ready now.
     fn poll_work(&self, cx: &mut Context<'_>) -> Poll<()> {
         {
@@ -484,6 +499,9 @@ impl<P: Process + 'static> Inner<P> {
             }
             state.stats.turns += 1;
             let now = clock::now();
+            if state.awake.turn(now.mono) {
+                tokio::task::spawn_local(Self::let_cores_sleep(Rc::downgrade(self)));
+            }
             self.step_completions(state, now);
             for _ in 0..state.deferred.len() {
                 let event = state.deferred.pop_front().expect("counted");
