@@ -69,6 +69,11 @@ pub trait Backend {
 
     /// Takes over a lease that came with the answer to a create.
     fn adopt(&self, grant: LeaseGrant) -> Rc<dyn Volume>;
+
+    /// The wall clock, nanoseconds since 1970: times of files come from it.
+    fn wall_ns(&self) -> u64 {
+        crate::attr::wall_ns()
+    }
 }
 
 /// Starts jobs on the client's thread. Jobs run in the order in which one thread submits them.

@@ -296,7 +296,7 @@ impl Core {
     }
 
     /// Once a second: reports sizes, lets go of idle leases, ends waits that took too long.
-    fn tick(self: &Rc<Self>) {
+    pub(crate) fn tick(self: &Rc<Self>) {
         let now = self.now_tick.get() + 1;
         self.now_tick.set(now);
         self.parents.borrow_mut().clear();

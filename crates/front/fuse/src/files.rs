@@ -22,7 +22,6 @@
 //!   cache before it sends it; forgotten in between and read anew, the page would hold what was there before the write.
 //!   So no open makes the kernel forget pages, and a writer's open waits for a lease that is on its way out to be gone.
 
-use crate::attr::wall_ns;
 use crate::backend::Volume;
 use crate::core::{Core, Later};
 use cairn_types::InodeId;
@@ -246,7 +245,7 @@ impl File {
         offset
     }
 
-    pub(crate) fn range_written(&self, offset: u64, len: u64) {
+    pub(crate) fn range_written(&self, offset: u64, len: u64, now_ns: u64) {
         // An estimate between 0 and the size: bytes past the end are new, bytes inside count only while holes are left.
         let blocks = |bytes: u64| bytes.next_multiple_of(4096);
         let (size, end) = (self.size.get(), offset + len);
@@ -259,12 +258,12 @@ impl File {
             self.size.set(size);
             self.size_dirty.set(true);
         }
-        self.touch();
+        self.touch(now_ns);
     }
 
-    pub(crate) fn touch(&self) {
+    pub(crate) fn touch(&self, now_ns: u64) {
         self.owned.set(true);
-        self.mtime_ns.set(wall_ns());
+        self.mtime_ns.set(now_ns);
         self.mtime_dirty.set(true);
     }
 
@@ -274,12 +273,12 @@ impl File {
     }
 
     /// Notes that a range was given up: the estimate of what is allocated shrinks.
-    pub fn range_punched(&self, len: u64) {
+    pub fn range_punched(&self, len: u64, now_ns: u64) {
         let left = self.allocated.get().saturating_sub(len);
         // Something that holds data never reports nothing: programs take "no blocks" for "all zeros".
         self.allocated.set(if self.size.get() > 0 { left.max(4096) } else { 0 });
         self.size_dirty.set(true);
-        self.touch();
+        self.touch(now_ns);
     }
 
     pub(crate) fn is_dirty(&self) -> bool {

@@ -49,7 +49,7 @@ impl Core {
             let result = match result {
                 Ok(reply) => {
                     if let Some((offset, len)) = written {
-                        file.range_written(offset, len);
+                        file.range_written(offset, len, core.backend.wall_ns());
                         core.dirty.borrow_mut().insert(file.inode);
                     }
                     if !is_read {

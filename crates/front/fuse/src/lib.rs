@@ -11,6 +11,7 @@ mod attr;
 pub mod backend;
 mod client;
 mod core;
+pub mod driver;
 mod files;
 mod full;
 mod io;

@@ -4,6 +4,7 @@ use crate::attr::{FILE_SIZE_MAX, TTL_CREATED_IN, mode_without_privileges, of_ino
 use crate::core::{Core, Done, Stat};
 use crate::files::File;
 use cairn_env::block::BlockOp;
+use cairn_stdx::planted;
 use cairn_types::InodeId;
 use cairn_wire::mds::{Attr, InodeKind, LeaseMode, MdsReply, MdsRequest, SetAttr, XATTR_VALUE_MAX};
 use fuser::Errno;
@@ -152,7 +153,7 @@ impl Core {
                 &cut,
                 Box::new(move |core| {
                     let old = inside.size();
-                    if size >= old {
+                    if size >= old || planted!("truncate_leaves_the_tail") {
                         return core.set_size(inside, size, set, done);
                     }
                     let op = BlockOp::Discard { offset: size, len: old - size };
@@ -171,7 +172,7 @@ impl Core {
     fn set_size(self: &Rc<Self>, file: Rc<File>, size: u64, set: SetAttr, done: Done<Stat>) {
         let dirty = self.take_dirty(&file);
         let allocated = dirty.allocated.map(|bytes| bytes.min(size.next_multiple_of(4096)));
-        let mtime_ns = set.mtime_ns.or(Some(crate::attr::wall_ns()));
+        let mtime_ns = set.mtime_ns.or(Some(self.backend.wall_ns()));
         let set = SetAttr { size: Some(size), allocated, mtime_ns, ..set };
         let used = Rc::clone(&file);
         let (core, done_then_rest) = (Rc::clone(self), done);

@@ -73,7 +73,7 @@ impl Core {
             };
             core.io(&Rc::clone(&changed), LeaseMode::Exclusive, op, move |core, result| {
                 if result.is_ok() {
-                    changed.range_punched(if punch { inside } else { 0 });
+                    changed.range_punched(if punch { inside } else { 0 }, core.backend.wall_ns());
                     core.grown(&changed, grow_to);
                 }
                 done(result.map(|_| ()));

@@ -114,7 +114,7 @@ impl Core {
             file.size.set(size);
             file.size_dirty.set(true);
         }
-        file.touch();
+        file.touch(self.backend.wall_ns());
         self.dirty.borrow_mut().insert(file.inode);
     }
 }
