@@ -11,6 +11,7 @@ mod lineage;
 mod links;
 mod marks;
 pub mod repository;
+pub mod scan;
 pub mod shell;
 pub mod tag;
 

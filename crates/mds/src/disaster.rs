@@ -14,6 +14,8 @@ use std::path::Path;
 
 /// Pairs written or read at a time.
 const STEP: usize = 4096;
+/// Term of the first entry after a recovery without an older one to go by: above any that was reached.
+pub const TERM_MARGIN: u64 = 1 << 20;
 
 /// Why a state cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -43,22 +45,39 @@ pub enum DisasterError {
 /// # Errors
 /// [`DisasterError`]; the directory then has no `mds.json` and is no repository.
 pub fn create(dir: &Path, identity: &Identity, index: u64, term: u64, pairs: &Pairs) -> Result<(), DisasterError> {
-    let members = Members { voters: [(MdsId(identity.id), identity.instance)].into(), learners: Default::default() };
-    let mark = ImageMark { index, term, members: encode_members(&members) };
     let mut base = RedbBase::open(&dir.join("image.redb"))?;
-    base.begin_install();
-    for step in pairs.chunks(STEP) {
-        base.install(step.to_vec(), None);
-        written(&mut base)?;
-    }
-    base.install(Pairs::new(), Some(mark));
-    written(&mut base)?;
+    let only = (MdsId(identity.id), identity.instance);
+    let initial = fill(&mut base, only, index, term, pairs)?;
     drop(base);
-    repository::create(dir, identity, &Initial::Image(SnapshotMeta { index, term, members }))?;
+    repository::create(dir, identity, &initial)?;
     Ok(())
 }
 
-fn written(base: &mut RedbBase) -> Result<(), BaseError> {
+/// Puts a recovered state into the image of the only server of a group, id and instance; gives what its log is to be
+/// formatted with.
+///
+/// # Errors
+/// [`BaseError`] when the image cannot be written.
+pub fn fill<B: Base>(
+    base: &mut B,
+    only: (MdsId, u64),
+    index: u64,
+    term: u64,
+    pairs: &Pairs,
+) -> Result<Initial, BaseError> {
+    let members = Members { voters: [only].into(), learners: Default::default() };
+    let mark = ImageMark { index, term, members: encode_members(&members) };
+    base.begin_install();
+    for step in pairs.chunks(STEP) {
+        base.install(step.to_vec(), None);
+        written(base)?;
+    }
+    base.install(Pairs::new(), Some(mark));
+    written(base)?;
+    Ok(Initial::Image(SnapshotMeta { index, term, members }))
+}
+
+fn written<B: Base>(base: &mut B) -> Result<(), BaseError> {
     loop {
         if let Some(outcome) = base.poll() {
             return outcome;

@@ -10,7 +10,10 @@ use crate::password;
 use crate::verbs::mds::{FreshDir, check_address, fresh_instance};
 use anyhow::{Context as _, Result, bail};
 use cairn_mds::repository::Identity;
-use cairn_mds::{backup_file, disaster};
+use cairn_mds::{
+    backup_file,
+    disaster::{self, TERM_MARGIN},
+};
 use cairn_meta::recover::{Listing, Options, Report, recover};
 use cairn_meta::{BaseKv, MemKv, Pairs};
 use cairn_types::{ClusterId, Redundancy, VolumeId};
@@ -23,8 +26,6 @@ use std::time::Duration;
 
 /// How long a metadata server that may still run gets to accept a connection.
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
-/// Term of the first entry after a recovery without an older one to go by: above any that was reached.
-const TERM_MARGIN: u64 = 1 << 20;
 
 /// Options of `recover-metadata`.
 #[derive(Args, Debug)]
