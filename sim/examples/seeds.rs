@@ -1,6 +1,6 @@
-//! Runs seeds without building the whole product: `seeds FIRST [COUNT [APART]] [--trace] [--faultless]`, with a planted
-//! bug when `CAIRN_PLANT` names one; or `seeds planted NAME [SEEDS_MAX]`; or `seeds planted some [DRAW]`. Prints every
-//! broken seed, then what was found how often.
+//! Runs seeds without building the whole product: `seeds FIRST [COUNT [APART]] [--trace] [--faultless] [--fsx]`, with a
+//! planted bug when `CAIRN_PLANT` names one; or `seeds planted NAME [SEEDS_MAX]`; or `seeds planted some [DRAW]`.
+//! Prints every broken seed, then what was found how often.
 
 use cairn_sim::run::{Options, run};
 use std::collections::BTreeMap;
@@ -28,7 +28,12 @@ fn main() {
     }
     let number = |at: usize| plain.get(at).and_then(|word| word.parse::<u64>().ok());
     let (first, count, apart) = (number(0).unwrap_or(1), number(1).unwrap_or(1), number(2).unwrap_or(1));
-    let options = Options { verbose: flag("--trace"), frames: flag("--frames"), faultless: flag("--faultless") };
+    let options = Options {
+        verbose: flag("--trace"),
+        frames: flag("--frames"),
+        faultless: flag("--faultless"),
+        fsx: flag("--fsx"),
+    };
     if let Ok(name) = std::env::var("CAIRN_PLANT") {
         let known = cairn_sim::planted::PLANTED.iter().find(|bug| bug.name == name).expect("a planted bug of the list");
         cairn_stdx::planted::activate(Some(known.name));

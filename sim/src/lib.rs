@@ -1,6 +1,7 @@
 //! The simulator: a whole cluster with its clients in one thread, virtual time, one seed.
 
 pub mod checkers;
+mod mount;
 mod net;
 pub mod planted;
 pub mod run;

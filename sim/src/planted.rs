@@ -4,8 +4,8 @@
 use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
 use crate::scenario::{
-    SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS,
-    SEEDS_OF, SEEDS_OLD_COPY,
+    SEEDS_CUT_HOST, SEEDS_DISASTER, SEEDS_DISASTER_OF, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS,
+    SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS, SEEDS_OF, SEEDS_OLD_COPY,
 };
 use cairn_stdx::{Rng, planted};
 
@@ -20,13 +20,15 @@ pub struct Planted {
     pub seeds_max: u64,
     /// The seeds tried: the first, and how far apart they are.
     pub seeds: (u64, u64),
+    /// Looked for where clients work on files.
+    pub fsx: bool,
 }
 
 /// The bound of bugs that take hundreds of seeds: they are proven by name or with `all`, not in each run of the check.
 const RARE: u64 = 3_000;
 
 const fn bug(name: &'static str, breaks: Invariant, seeds_max: u64) -> Planted {
-    Planted { name, breaks, seeds_max, seeds: (1, 1) }
+    Planted { name, breaks, seeds_max, seeds: (1, 1), fsx: false }
 }
 
 /// Looked for in seeds where a client and a chunk server lose power together.
@@ -59,6 +61,16 @@ const fn amid_changes(bug: Planted) -> Planted {
     Planted { seeds: (SEEDS_MEMBERS, SEEDS_OF), ..bug }
 }
 
+/// Looked for in seeds where all metadata servers are lost.
+const fn after_disasters(bug: Planted) -> Planted {
+    Planted { seeds: (SEEDS_DISASTER[0], SEEDS_DISASTER_OF), ..bug }
+}
+
+/// Looked for where clients work on files.
+const fn on_files(bug: Planted) -> Planted {
+    Planted { fsx: true, ..bug }
+}
+
 /// The planted bugs.
 pub const PLANTED: &[Planted] = &[
     bug("acknowledge_before_all_replicas", Invariant::I3, 100),
@@ -69,7 +81,7 @@ pub const PLANTED: &[Planted] = &[
     bug("sequence_reused_after_reopen", Invariant::I3, 100),
     bug("release_before_drain", Invariant::I3, 300),
     in_cut_hosts(bug("tail_merge_takes_lower_epoch", Invariant::I3, 200)),
-    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I3, RARE)),
+    on_islands(bug("holder_trusts_its_clock_too_long", Invariant::I6, 300)),
     bug("cs_rebuilt_before_last_block", Invariant::I8, 100),
     bug("cs_rebuild_loses_new_writes", Invariant::I3, RARE),
     bug("cs_late_write_overtakes", Invariant::I3, 100),
@@ -105,6 +117,9 @@ pub const PLANTED: &[Planted] = &[
     on_small_disks(bug("refused_write_not_taken_back", Invariant::I5, 200)),
     with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 100)),
     bug("store_trust_tail", Invariant::I1, 100),
+    after_disasters(bug("recover_takes_old_copies", Invariant::I21, 100)),
+    after_disasters(bug("recover_trusts_incomplete_copies", Invariant::I21, RARE)),
+    on_files(bug("truncate_leaves_the_tail", Invariant::Files, 10)),
 ];
 
 /// Turns a planted bug (or, with `all`, each in turn) on; true when one was not found. With `seeds_max`, that many
@@ -145,17 +160,17 @@ pub fn prove_each(wanted: &[&Planted], seeds_max: Option<u64>) -> Result<bool, S
     // A core that asserts is a finding like any other; the first line of what it says is shown below.
     std::panic::set_hook(Box::new(|_| ()));
     let mut missed = 0;
-    for Planted { name, breaks, seeds_max: bound, seeds: (first, apart) } in wanted {
+    for Planted { name, breaks, seeds_max: bound, seeds: (first, apart), fsx } in wanted {
+        let options = Options { fsx: *fsx, ..Options::default() };
         let bound = seeds_max.unwrap_or(*bound);
         planted::activate(Some(name));
         let mut tried = (1..=bound).zip((*first..).step_by(*apart as usize));
-        let found =
-            tried.find_map(|(nth, seed)| run(seed, &Options::default()).broken.map(|broken| (nth, seed, broken)));
+        let found = tried.find_map(|(nth, seed)| run(seed, &options).broken.map(|broken| (nth, seed, broken)));
         planted::activate(None);
         match found {
             Some((nth, seed, broken)) => {
                 // A seed that breaks anyway proves nothing about the planted bug.
-                let anyway = run(seed, &Options::default()).is_broken();
+                let anyway = run(seed, &options).is_broken();
                 let note = if anyway { " (BUT THIS SEED BREAKS WITHOUT IT TOO)" } else { "" };
                 let what: String = broken.detail.lines().next().unwrap_or_default().chars().take(90).collect();
                 let seen = broken.invariant;

@@ -15,7 +15,7 @@ const FUZZ_SECONDS: &str = "40";
 /// Runs every step; stops at the first that fails.
 pub fn run(root: &Path) -> ExitCode {
     let binary = root.join("target/release/cairn").display().to_string();
-    let steps: [(&str, &[&str]); 12] = [
+    let steps: [(&str, &[&str]); 13] = [
         ("format", &["cargo", "fmt", "--all", "--check"]),
         ("lints", &["cargo", "clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]),
         ("house style", &["cargo", "xtask", "tidy"]),
@@ -31,6 +31,7 @@ pub fn run(root: &Path) -> ExitCode {
         ("regression seeds", &[&binary, "sim", "--regressions"]),
         ("fresh seeds without faults", &[&binary, "sim", "--seeds", SEEDS_FAULTLESS, "--faultless"]),
         ("fresh seeds with faults", &[&binary, "sim", "--seeds", SEEDS]),
+        ("an hour of virtual work on files", &[&binary, "sim", "--fsx"]),
         // A share of the planted bugs in each run: all of them, and the cores built with them, would take minutes
         // more.
         (

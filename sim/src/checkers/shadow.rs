@@ -38,6 +38,10 @@ pub enum Invariant {
     I18,
     /// One seed, one trace.
     I20,
+    /// Findable: metadata made anew from the chunk servers serve every acknowledged, flushed byte.
+    I21,
+    /// Files hold what was written to them, and end where they were made to end.
+    Files,
     /// Names are linearizable.
     Names,
     /// Space accounting equals a full count.

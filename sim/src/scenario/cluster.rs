@@ -4,14 +4,18 @@ use crate::world::{NodeIndex, World};
 use cairn_client::{ClientCore, CoreConfig, OnNoSpace};
 use cairn_consensus::{Consensus, Initial, Member};
 use cairn_cs::{CsConfig, CsCore};
-use cairn_env::DiskOp;
+use cairn_env::{DiskOp, DiskRequest};
 use cairn_env_sim::SimDisk;
+use cairn_mds::disaster::fill;
 use cairn_mds::{MdsConfig, MdsCore, MemBase, Room};
+use cairn_meta::recover::{Listing, Report};
+use cairn_meta::{BaseKv, MemKv};
 use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
 use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
 use cairn_wire::mds::{Location, MdsInfo, SessionKind};
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
 use std::net::SocketAddr;
 
 /// Bytes of a chunk server's disk, where room does not matter.
@@ -20,6 +24,16 @@ pub(super) const CS_DISK: u64 = 64 << 20;
 const MDS_LOG: u64 = 1 << 20;
 /// The one cluster.
 const CLUSTER: ClusterId = ClusterId([7; 16]);
+/// Its name.
+pub(super) const CLUSTER_NAME: &str = "sim";
+
+/// What a recovery made.
+pub(super) struct Recovered<'a> {
+    pub report: &'a Report,
+    /// Term its log begins with.
+    pub term: u64,
+    pub state: &'a MemKv,
+}
 
 /// The metadata server of the simulator: the production core over an image in memory.
 pub(super) type SimMds = MdsCore<MemBase>;
@@ -36,6 +50,11 @@ pub(super) struct MdsNode {
 impl MdsNode {
     pub fn id(&self) -> MdsId {
         self.config.id
+    }
+
+    /// Its image.
+    pub fn image(&self) -> &MemBase {
+        &self.base
     }
 }
 
@@ -73,6 +92,8 @@ pub(super) struct Shape {
     pub cs_disk: u64,
     /// Every other client has its writes fail where no server has room; the rest wait.
     pub fail_when_full: bool,
+    /// Clients carry mounts, which wait for room themselves.
+    pub mounts: bool,
 }
 
 /// All machines.
@@ -139,6 +160,65 @@ impl Cluster {
         self.make_mds(id, instance, &initial, Vec::new());
     }
 
+    /// The operator's client is gone as well.
+    pub fn lose_operator(&mut self) {
+        if let Some(node) = self.operator.take() {
+            self.world.kill(node);
+        }
+    }
+
+    /// What a chunk server that is stopped has, as `cairn cs scan` would list it.
+    pub fn list(&self, index: usize) -> Result<Listing, String> {
+        let cs = &self.cs[index];
+        let mut disk = self.world.nodes[cs.node.0].disks[0].clone();
+        let run = |request: DiskRequest| {
+            let io = request.io;
+            disk.submit(request);
+            disk.complete(io).expect("a request of a disk at rest ends at once")
+        };
+        let held = cairn_cs::scan::scan(self.shape.cs_disk, self.store_options(index), run)
+            .map_err(|error| format!("chunk server {index}: {error}: {:?}", error.source()))?;
+        Ok(Listing {
+            cluster: CLUSTER,
+            cs: cs.id,
+            store: cs.config.store,
+            host: cs.config.location.host,
+            tier: 0,
+            repository: format!("cs{index}"),
+            capacity: held.capacity,
+            used: held.used,
+            epochs: held.epochs,
+            copies: held.copies,
+            mentioned: held.mentioned,
+        })
+    }
+
+    /// Starts the first metadata server of a recovered cluster, then the chunk servers.
+    pub fn start_recovered(&mut self, recovered: &Recovered<'_>) {
+        let (addr, id, instance) = (self.next_mds_addr(), recovered.report.mds, self.rng.next_u64() | 1);
+        let pairs = recovered.state.scan(&[0], &[u8::MAX], usize::MAX);
+        let mut base = MemBase::default();
+        let initial = fill(&mut base, (id, instance), recovered.report.index, recovered.term, &pairs)
+            .expect("an image in memory takes everything");
+        let log = log_config(id);
+        let disk = format_disk(MDS_LOG, Consensus::format(&log, instance, &initial));
+        let config = MdsConfig {
+            id,
+            cluster: CLUSTER,
+            cluster_name: CLUSTER_NAME.to_owned(),
+            addr,
+            repository: String::new(),
+            servers: vec![MdsInfo { mds: id, addr, voter: true, repository: String::new() }],
+            bootstrap: true,
+            log,
+            checkpoint_bytes: self.shape.checkpoint_bytes,
+        };
+        let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
+        self.mds.push(MdsNode { node, retired: false, base, config });
+        self.start_mds(self.mds.len() - 1);
+        (0..self.cs.len()).for_each(|index| self.start_cs(index));
+    }
+
     /// Where the next metadata server will listen.
     pub fn next_mds_addr(&self) -> SocketAddr {
         addr(1, self.mds.len())
@@ -159,7 +239,7 @@ impl Cluster {
         let config = MdsConfig {
             id,
             cluster: CLUSTER,
-            cluster_name: "sim".to_owned(),
+            cluster_name: CLUSTER_NAME.to_owned(),
             addr,
             repository: String::new(),
             servers,
@@ -371,7 +451,7 @@ impl Cluster {
 
     /// True when writes of this client fail for lack of room.
     pub fn fails_when_full(&self, client: usize) -> bool {
-        self.shape.fail_when_full && client % 2 == 1
+        self.shape.mounts || (self.shape.fail_when_full && client % 2 == 1)
     }
 
     pub fn is_running(&self, node: NodeIndex) -> bool {

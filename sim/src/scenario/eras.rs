@@ -143,6 +143,7 @@ impl Scenario {
         let id = self.volumes[volume].info.volume;
         self.cluster.world.note(format_args!("an era of {id} ends: {why}"));
         self.eras.at_risk[volume] = None;
+        self.file_may_fall_back(volume);
         self.shadow.end_era(id.0).map_err(Box::new)
     }
 

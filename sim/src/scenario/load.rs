@@ -1,6 +1,7 @@
 //! What clients do: they fight for a few volumes, write stamped blocks to few hot places, and keep house in the
 //! namespace.
 
+use super::fsx::FileOp;
 use super::{Answer, Scenario, TOKEN_CLIENT, Verdict, broken};
 use crate::checkers::names::{CallId, NameOp};
 use crate::checkers::shadow::{Broken, Invariant, OpId};
@@ -10,7 +11,7 @@ use cairn_client::{ClientCore, OpenError, SizeRule, VolumeHandle};
 use cairn_env::Buf;
 use cairn_env::block::{BlockError, BlockOp, BlockReply, BlockResult};
 use cairn_stdx::Rng;
-use cairn_types::{BLOCK_SIZE_U64, InodeId, VolumeId};
+use cairn_types::{BLOCK_SIZE_U64, Epoch, InodeId, VolumeId};
 use cairn_wire::mds::{InodeKind, LeaseMode, MdsError, MdsReply, MdsRequest, RenameMode};
 use std::collections::BTreeMap;
 
@@ -63,6 +64,11 @@ pub(super) enum Kind {
     Unlink {
         name: String,
     },
+    /// On a file.
+    File {
+        file: usize,
+        op: FileOp,
+    },
     /// On a name that clients share.
     Shared {
         call: CallId,
@@ -71,6 +77,16 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// The volume that is read or written.
+    fn volume(&self) -> Option<usize> {
+        match self {
+            Kind::Read { volume, .. } | Kind::Write { volume, .. } | Kind::CompareAndWrite { volume, .. } => {
+                Some(*volume)
+            }
+            _ => None,
+        }
+    }
+
     /// True when it writes other bytes than zeros: nothing else may fail for lack of room.
     fn needs_room(&self) -> bool {
         match self {
@@ -115,6 +131,8 @@ pub(super) struct Load {
     recalled: Vec<bool>,
     /// Opened to read only.
     shared: Vec<bool>,
+    /// Under which epoch.
+    epochs: Vec<Epoch>,
     in_flight: usize,
     /// Last value this client wrote or read, by volume and block: what a compare-and-write expects.
     known: BTreeMap<(usize, u64), u64>,
@@ -129,6 +147,7 @@ impl Load {
             holds: Vec::new(),
             recalled: Vec::new(),
             shared: Vec::new(),
+            epochs: Vec::new(),
             in_flight: 0,
             known: BTreeMap::new(),
             files: Vec::new(),
@@ -139,6 +158,7 @@ impl Load {
         self.holds = vec![Hold::Closed; count];
         self.recalled = vec![false; count];
         self.shared = vec![false; count];
+        self.epochs = vec![Epoch(0); count];
     }
 
     /// The process died: handles and operations died with it.
@@ -415,15 +435,32 @@ impl Scenario {
 
     /// Reads a whole volume through an open handle.
     pub(super) fn read_all(&mut self, client: usize, volume: usize) -> Verdict {
-        let Hold::Open(handle) = self.loads[client].holds[volume] else {
-            return Err(broken(Invariant::I17, format!("volume {volume} could not be opened after healing")));
-        };
         let SimVolume { units, unit } = self.geometry(volume);
+        let (handle, known) = match self.loads[client].holds[volume] {
+            Hold::Open(handle) if self.disaster.happened => (Some(handle), self.found_size(client, handle) / unit),
+            Hold::Open(handle) => (Some(handle), units),
+            Hold::Closed if self.disaster.happened => (None, 0),
+            _ => return Err(broken(Invariant::I17, format!("volume {volume} could not be opened after healing"))),
+        };
+        let known = known.min(units);
         let step = (256 << 10) / unit;
-        for first in (0..units).step_by(step as usize) {
-            self.read(client, volume, handle, first, step.min(units - first));
+        for first in (0..known).step_by(step as usize) {
+            self.read(client, volume, handle.expect("it has a size"), first, step.min(known - first));
+        }
+        if known < units {
+            // What was not found again had better be zeros.
+            let now = self.now();
+            let op = self.shadow.read_submitted(now, self.volumes[volume].info.volume.0, known);
+            let zeros = vec![0; ((units - known) * unit) as usize];
+            self.shadow.read_answered(now, op, &zeros, unit as usize).map_err(Box::new)?;
         }
         Ok(())
+    }
+
+    fn found_size(&mut self, client: usize, handle: VolumeHandle) -> u64 {
+        let node = self.cluster.clients[client];
+        let known = self.cluster.world.inspect::<ClientCore, _>(node, |core| core.volume(handle)).flatten();
+        known.map_or(0, |(_, _, size)| size)
     }
 
     fn geometry(&self, volume: usize) -> SimVolume {
@@ -502,10 +539,21 @@ impl Scenario {
             Ok(handle) => {
                 load.holds[volume] = Hold::Open(handle);
                 let shared = load.shared[volume];
+                let (now, node) = (self.now(), self.cluster.clients[client]);
+                let known = self.cluster.world.inspect::<ClientCore, _>(node, |core| {
+                    core.volume(handle).map(|(_, epoch, _)| (epoch, core.is_read_only(handle)))
+                });
+                if let Some((epoch, only_reads)) = known.flatten() {
+                    self.loads[client].epochs[volume] = epoch;
+                    let id = self.volumes[volume].info.volume.0;
+                    self.holders.opened(now, id, client, epoch, only_reads).map_err(Box::new)?;
+                }
                 self.took_over(client, volume);
                 return self.holder_came(client, volume, shared);
             }
             Err(OpenError::Held { .. } | OpenError::Fenced(_) | OpenError::Closed) => Hold::Closed,
+            // Nothing was found of it: it had better be empty.
+            Err(OpenError::Mds(MdsError::NotFound(_))) if self.disaster.happened => Hold::Closed,
             Err(OpenError::Mds(MdsError::SessionEnded(_) | MdsError::Unavailable(_) | MdsError::Unknown)) => {
                 Hold::Closed
             }
@@ -554,6 +602,10 @@ impl Scenario {
             }
             Err(error) => return Err(broken(Invariant::I17, format!("client {client}, {kind:?}: {error}"))),
         };
+        if let Some(volume) = kind.volume() {
+            let (id, epoch) = (self.volumes[volume].info.volume.0, self.loads[client].epochs[volume]);
+            self.holders.answered(since, now, id, client, epoch).map_err(Box::new)?;
+        }
         match kind {
             Kind::Read { volume, op, first } => {
                 let BlockReply::Data(pieces) = reply else {
@@ -610,6 +662,7 @@ impl Scenario {
     pub(super) fn client_died(&mut self, client: usize) -> Verdict {
         self.pending.retain(|_, op| op.client != client);
         self.loads[client].died();
+        self.mount_died(client);
         (0..self.volumes.len()).try_for_each(|volume| self.holder_left(client, volume))
     }
 

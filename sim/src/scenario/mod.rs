@@ -6,8 +6,10 @@
 //! server.
 
 mod cluster;
+mod disaster;
 mod eras;
 mod faults;
+mod fsx;
 mod load;
 mod members;
 mod names;
@@ -15,6 +17,7 @@ mod plan;
 mod setup;
 mod verify;
 
+use crate::checkers::holders::Holders;
 use crate::checkers::names::Names;
 use crate::checkers::shadow::{Broken, Invariant, Shadow};
 use crate::run::{Options, Outcome};
@@ -25,8 +28,11 @@ use cairn_env::block::BlockResult;
 use cairn_stdx::Rng;
 use cairn_wire::mds::{MdsError, MdsReply, VolumeInfo};
 use cluster::{Cluster, SimMds};
+use disaster::Disaster;
+pub(crate) use disaster::{SEEDS_DISASTER, SEEDS_DISASTER_OF};
 use eras::Eras;
 use faults::Faults;
+use fsx::Fsx;
 use load::{Load, Pending};
 use members::Members;
 use plan::Plan;
@@ -91,6 +97,10 @@ pub(crate) struct Scenario {
     next_name: u64,
     names: Names,
     names_rng: Rng,
+    holders: Holders,
+    disaster: Disaster,
+    /// Files that clients work on, in runs of that kind.
+    fsx: Option<Fsx>,
     chaos: bool,
     /// The faults are over, and clients make room.
     draining: bool,
@@ -103,7 +113,10 @@ pub(crate) struct Scenario {
 impl Scenario {
     pub fn new(seed: u64, options: &Options) -> Self {
         let rng = Rng::new(seed);
-        let plan = Plan::draw(seed, &mut rng.split(11), options.faultless);
+        let plan = match options.fsx {
+            true => Plan::draw_files(seed, &mut rng.split(16), options.faultless),
+            false => Plan::draw(seed, &mut rng.split(11), options.faultless),
+        };
         let mut cluster = Cluster::new(seed, plan.shape.clone(), rng.split(12));
         cluster.world.verbose = options.verbose;
         cluster.world.frames = options.frames;
@@ -128,6 +141,9 @@ impl Scenario {
             next_name: 0,
             names: Names::default(),
             names_rng: rng.split(15),
+            holders: Holders::default(),
+            disaster: Disaster::default(),
+            fsx: options.fsx.then(|| Fsx::new(rng.split(17))),
             chaos: false,
             draining: false,
             digests: BTreeMap::new(),
@@ -141,12 +157,18 @@ impl Scenario {
         self.set_up()?;
         self.cluster.world.note(format_args!("chaos begins: {}", self.plan.describe()));
         self.chaos = true;
-        for client in 0..self.loads.len() as u64 {
-            self.cluster.world.wake_driver(1 + client, TOKEN_CLIENT + client);
-            self.cluster.world.wake_driver(1 + client, TOKEN_NAMES + client);
+        if self.fsx.is_some() {
+            self.start_files();
+        } else {
+            for client in 0..self.loads.len() as u64 {
+                self.cluster.world.wake_driver(1 + client, TOKEN_CLIENT + client);
+                self.cluster.world.wake_driver(1 + client, TOKEN_NAMES + client);
+            }
         }
         self.cluster.world.wake_driver(SECOND, TOKEN_FAULT);
-        let until = self.now() + self.plan.chaos_ns;
+        let (half, until) = (self.now() + self.plan.chaos_ns / 2, self.now() + self.plan.chaos_ns);
+        self.run_until(half, |_| false)?;
+        self.back_metadata_up();
         self.run_until(until, |_| false)?;
         (self.chaos, self.draining) = (self.plan.full, self.plan.full);
         self.heal()?;
@@ -157,7 +179,8 @@ impl Scenario {
         self.cluster.world.note(format_args!("healed; {} operations in flight", self.pending.len()));
         self.wait("changes of membership", members::ENDS_WITHIN, |s| s.members.is_idle())?;
         self.wait("operations in flight", END_WITHIN, |s| s.pending.is_empty())?;
-        self.verify()
+        self.lose_all_metadata()?;
+        self.verify().map_err(|broken| self.as_found(broken))
     }
 
     /// The verdict with everything a reader wants to know.
@@ -169,7 +192,8 @@ impl Scenario {
             virtual_ns: world.now() - 1_000 * SECOND,
             steps: world.steps,
             trace: world.trace_hash(),
-            work: (self.shadow.writes_acknowledged, self.shadow.blocks_read),
+            work: self.fsx.as_ref().map_or((self.shadow.writes_acknowledged, self.shadow.blocks_read), Fsx::work),
+            fsx: self.fsx.is_some(),
             plan: self.plan.describe(),
             broken,
             recent,
@@ -218,6 +242,14 @@ impl Scenario {
         match token {
             TOKEN_LOOK => self.look(),
             TOKEN_FAULT => self.next_fault(),
+            TOKEN_NAMES..TOKEN_RESTORE if self.fsx.is_some() => {
+                self.tick_mount((token - TOKEN_NAMES) as usize);
+                Ok(())
+            }
+            TOKEN_CLIENT..TOKEN_NAMES if self.fsx.is_some() => {
+                self.act_on_file((token - TOKEN_CLIENT) as usize);
+                Ok(())
+            }
             TOKEN_NAMES..TOKEN_RESTORE => {
                 self.act_on_shared_names((token - TOKEN_NAMES) as usize);
                 Ok(())
@@ -275,16 +307,22 @@ impl Scenario {
         loop {
             let answers = std::mem::take(&mut *self.mailbox.borrow_mut());
             if answers.is_empty() {
-                return Ok(());
+                break;
             }
             for (token, answer) in answers {
                 self.on_answer(token, answer)?;
             }
         }
+        // What mounts ask for may end at once.
+        if self.pump_mounts()? { self.collect() } else { Ok(()) }
     }
 
     fn on_notice(&mut self, client: usize, notice: &Notice) -> Verdict {
         if client == self.cluster.clients.len() {
+            return Ok(());
+        }
+        if let Some(fsx) = &self.fsx {
+            fsx.on_notice(client, notice);
             return Ok(());
         }
         let Some(load) = self.loads.get_mut(client) else { return Ok(()) };

@@ -115,9 +115,58 @@ pub(super) struct Plan {
     pub slow_one_in: u64,
     /// Disks too small for what clients write, filled and drained in turn; some opens are shared, some writes fail.
     pub full: bool,
+    /// Files that clients work on instead of volumes.
+    pub files: Option<FilesPlan>,
 }
 
+/// The files of a seed.
+#[derive(Clone, Debug)]
+pub(super) struct FilesPlan {
+    pub count: usize,
+    pub replicas: u8,
+    pub minimum: u8,
+}
+
+/// What may happen to clients that work on files.
+const WITH_FILES: [FaultKind; 12] = [
+    FaultKind::KillCs,
+    FaultKind::KillMds,
+    FaultKind::KillClient,
+    FaultKind::CutCs,
+    FaultKind::CutMds,
+    FaultKind::CutAll,
+    FaultKind::Partition,
+    FaultKind::OneWay,
+    FaultKind::Reset,
+    FaultKind::Pause,
+    FaultKind::Clock,
+    FaultKind::SlowDisk,
+];
+
+/// Virtual time for which files are worked on.
+const FILES_NS: u64 = 300 * SECOND;
+
 impl Plan {
+    /// Clients with mounts; faults in every other seed.
+    pub fn draw_files(seed: u64, rng: &mut Rng, faultless: bool) -> Self {
+        let mut plan = Self::draw(seed, &mut rng.split(1), true);
+        plan.volumes.clear();
+        plan.shape.mounts = true;
+        plan.shape.clients = rng.range(1, 4) as usize;
+        let replicas = rng.range(1, 4).max(rng.range(1, 4)) as u8;
+        let minimum = rng.range(1, u64::from(replicas) + 1) as u8;
+        plan.files = Some(FilesPlan { count: rng.range(2, 5) as usize, replicas, minimum });
+        if !faultless && seed.is_multiple_of(2) {
+            plan.faults = WITH_FILES.to_vec();
+            rng.shuffle(&mut plan.faults);
+            plan.faults.truncate(rng.range(1, 6) as usize);
+        }
+        plan.chaos_ns = FILES_NS;
+        plan.fault_every = *rng.choose(&[2 * SECOND, 6 * SECOND, 20 * SECOND]).expect("not empty");
+        plan.think = *rng.choose(&[20 * MS, 60 * MS, 100 * MS]).expect("not empty");
+        plan
+    }
+
     pub fn draw(seed: u64, rng: &mut Rng, faultless: bool) -> Self {
         let mds = *rng.choose(&[1, 1, 3, 3, 3, 5]).expect("not empty");
         let cs = rng.range(3, 6) as usize;
@@ -130,6 +179,7 @@ impl Plan {
             scrub: *rng.choose(&[0, 0, 120]).expect("not empty"),
             cs_disk: CS_DISK,
             fail_when_full: false,
+            mounts: false,
         };
         let volume = |rng: &mut Rng| {
             let replicas = rng.range(1, 4).max(rng.range(1, 4)) as u8;
@@ -163,6 +213,7 @@ impl Plan {
             offline_after: rng.chance(1, 3).then_some(10),
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
             full: false,
+            files: None,
         };
         if !faultless && !plan.faults.contains(&FaultKind::Rot) {
             match seed % SEEDS_OF {
@@ -239,6 +290,12 @@ impl Plan {
     /// One line for the report.
     pub fn describe(&self) -> String {
         let shape = &self.shape;
+        if let Some(FilesPlan { count, replicas, minimum }) = &self.files {
+            return format!(
+                "{} MDS, {} CS, {} mounts, {count} files {replicas}:{minimum}, faults {:?}",
+                shape.mds, shape.cs, shape.clients, self.faults
+            );
+        }
         let volumes: Vec<String> =
             self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
         format!(

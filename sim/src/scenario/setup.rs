@@ -5,7 +5,7 @@ use super::cluster::SimMds;
 use super::load::{Kind, Pending};
 use super::plan::FaultKind;
 use super::{Answer, Scenario, SimVolume, Verdict, broken};
-use crate::checkers::shadow::Invariant;
+use crate::checkers::shadow::{Broken, Invariant};
 use crate::world::SECOND;
 use cairn_client::ClientCore;
 use cairn_types::{FailureDomain, Redundancy};
@@ -73,15 +73,20 @@ impl Scenario {
         }
         self.loads.iter_mut().for_each(|load| load.know_volumes(self.volumes.len()));
         self.eras.know_volumes(self.volumes.len());
-        Ok(())
+        self.set_up_files()
     }
 
     /// Calls the metadata servers through the first client; setup only.
-    fn call_and_wait(&mut self, request: MdsRequest) -> Result<MdsReply, Box<crate::checkers::shadow::Broken>> {
+    pub(super) fn call_and_wait(&mut self, request: MdsRequest) -> Result<MdsReply, Box<Broken>> {
+        self.call_through(0, request)
+    }
+
+    /// Calls the metadata servers, which must answer, while nothing fails.
+    pub(super) fn call_through(&mut self, client: usize, request: MdsRequest) -> Result<MdsReply, Box<Broken>> {
         let what = format!("{request:?}");
         let token = self.token();
-        self.pending.insert(token, Pending { client: 0, since: self.now(), kind: Kind::Setup });
-        let (node, mailbox) = (self.cluster.clients[0], self.mailbox.clone());
+        self.pending.insert(token, Pending { client, since: self.now(), kind: Kind::Setup });
+        let (node, mailbox) = (self.cluster.clients[client], self.mailbox.clone());
         self.cluster.world.with::<ClientCore, _>(node, |core, now, out| {
             let done = Box::new(move |result| mailbox.borrow_mut().push((token, Answer::Call(result))));
             core.call(now, request, done, out);

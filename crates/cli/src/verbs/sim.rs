@@ -6,6 +6,9 @@ use cairn_sim::run::{Options, Outcome};
 use clap::Args;
 use std::time::{Duration, Instant};
 
+/// Seeds of `--fsx` in which clients work for an hour of virtual time.
+const FSX_HOUR: u64 = 12;
+
 /// Options of `sim`.
 #[derive(Args, Debug)]
 pub struct SimArgs {
@@ -27,6 +30,10 @@ pub struct SimArgs {
     /// Without any fault: the plain path must hold.
     #[arg(long)]
     faultless: bool,
+    /// Clients work on files through the logic of mounts, as fsx does, for five virtual minutes a seed; seeds with an
+    /// even number have faults. Alone: an hour of it.
+    #[arg(long)]
+    fsx: bool,
     /// Turns a planted bug on and reports the seed that found it; `all` for each in turn. Needs a build with
     /// `--features planted`.
     #[arg(long)]
@@ -41,27 +48,34 @@ pub fn run(args: &SimArgs) -> Result<i32> {
     if let Some(name) = &args.planted {
         return cairn_sim::planted::prove(name, None).map_err(anyhow::Error::msg).map(i32::from);
     }
+    let options = Options { faultless: args.faultless, fsx: args.fsx, ..Options::default() };
     if let Some(seed) = args.seed {
         let outcome = cairn_sim::run::run(
             seed,
-            &Options { verbose: args.trace || args.frames, frames: args.frames, faultless: args.faultless },
+            &Options {
+                verbose: args.trace || args.frames,
+                frames: args.frames,
+                faultless: args.faultless,
+                fsx: args.fsx,
+            },
         );
         println!("{outcome}");
         return Ok(i32::from(outcome.is_broken()));
     }
     if args.regressions {
-        return Ok(run_all(cairn_sim::regressions(), None, args.faultless));
+        return Ok(run_all(cairn_sim::regressions(), None, &options));
     }
     let first = u64::from_le_bytes(cairn_env_real::random_bytes()) >> 16;
     match (args.seeds, args.minutes) {
-        (Some(count), None) => Ok(run_all(first..first + count, None, args.faultless)),
-        (None, Some(minutes)) => Ok(run_all(first.., Some(Duration::from_secs(60 * minutes)), args.faultless)),
-        _ => Err(usage("give one of --seed N, --seeds K, --minutes M, --planted NAME or --regressions")),
+        (Some(count), None) => Ok(run_all(first..first + count, None, &options)),
+        (None, Some(minutes)) => Ok(run_all(first.., Some(Duration::from_secs(60 * minutes)), &options)),
+        (None, None) if args.fsx => Ok(run_all(first..first + FSX_HOUR, None, &options)),
+        _ => Err(usage("give one of --seed N, --seeds K, --minutes M, --fsx, --planted NAME or --regressions")),
     }
 }
 
 #[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
-fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, faultless: bool) -> i32 {
+fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, options: &Options) -> i32 {
     let begun = Instant::now();
     let (mut count, mut virtual_ns, mut broken) = (0u64, 0u64, 0);
     for seed in seeds {
@@ -71,7 +85,7 @@ fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, faultl
         if count == 0 {
             eprintln!("first seed {seed}");
         }
-        let outcome: Outcome = cairn_sim::run::run(seed, &Options { faultless, ..Options::default() });
+        let outcome: Outcome = cairn_sim::run::run(seed, options);
         count += 1;
         virtual_ns += outcome.virtual_ns;
         if outcome.is_broken() {
