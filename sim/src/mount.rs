@@ -30,10 +30,15 @@ pub(crate) enum News {
     Lost(VolumeId),
 }
 
+/// An open that the client core has answered.
+type OpenAnswer = (VolumeId, OpenDone, Result<VolumeHandle, OpenError>);
+/// Called when somebody else wants the lease.
+type RecallHook = Box<dyn FnMut(LeaseMode)>;
+
 #[derive(Default)]
 struct Shared {
     asks: RefCell<VecDeque<Ask>>,
-    opened: RefCell<Vec<(VolumeId, OpenDone, Result<VolumeHandle, OpenError>)>>,
+    opened: RefCell<Vec<OpenAnswer>>,
     news: RefCell<Vec<News>>,
     wall_ns: Cell<u64>,
 }
@@ -47,7 +52,7 @@ struct Open {
     mode: LeaseMode,
     fenced: Cell<bool>,
     closed: Cell<bool>,
-    on_recall: RefCell<Option<Box<dyn FnMut(LeaseMode)>>>,
+    on_recall: RefCell<Option<RecallHook>>,
     on_lost: RefCell<Option<Box<dyn FnOnce()>>>,
 }
 

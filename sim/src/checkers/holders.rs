@@ -86,7 +86,9 @@ mod tests {
         let mut holders = Holders::default();
         holders.opened(10, 1, 0, Epoch(4), true).unwrap();
         holders.opened(10, 1, 1, Epoch(4), true).unwrap();
-        holders.opened(10, 1, 1, Epoch(4), false).unwrap();
-        holders.opened(10, 1, 2, Epoch(4), true).unwrap_err();
+        holders.opened(10, 1, 1, Epoch(4), false).unwrap_err();
+        holders.opened(10, 2, 1, Epoch(4), false).unwrap();
+        holders.opened(10, 2, 1, Epoch(4), false).unwrap();
+        holders.opened(10, 2, 2, Epoch(4), true).unwrap_err();
     }
 }
