@@ -14,8 +14,9 @@ use std::io::Write;
 
 /// Turns are counted over this time.
 const WINDOW: Duration = Duration::from_millis(50);
-/// So many turns within a window are work. Heartbeats and renewals of an idle cluster are a tenth of it.
-const TURNS_BUSY: u32 = 32;
+/// So many turns within a window are work: some hundred requests a second. Filling a young store file makes half as
+/// many, heartbeats and renewals of an idle cluster a twentieth.
+const TURNS_BUSY: u32 = 64;
 /// Let go after so long without work; also how often a holder looks.
 pub(crate) const REST: Duration = Duration::from_millis(150);
 /// Switches it off when it is `0`.

@@ -163,7 +163,7 @@ fn unpack(file_count: u64) {
 fn a_tree_of_many_files_is_unpacked_whole() {
     needs_fuse!();
     needs!("tar");
-    unpack(10_000);
+    unpack(20_000);
 }
 
 #[test]
