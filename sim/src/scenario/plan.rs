@@ -2,6 +2,7 @@
 //! a seed that knows few kinds of fault goes deeper into each).
 
 use super::cluster::{CS_DISK, Shape};
+use super::wrong::Wrong;
 use crate::world::{MS, SECOND};
 use cairn_stdx::Rng;
 use cairn_types::BLOCK_SIZE_U64;
@@ -39,6 +40,10 @@ pub(super) enum FaultKind {
     FullMds,
     /// A metadata server is killed and its image is gone when it starts again.
     LoseImage,
+    /// The one disk that does wrong is about to do so again.
+    WrongDisk,
+    /// The server with that disk is killed or loses power.
+    RestartWrong,
 }
 
 /// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, old copies of
@@ -66,6 +71,16 @@ const VOLUME_MAX: u64 = 56 << 20;
 /// then data is rightly lost.
 const WITH_ROT: [FaultKind; 6] =
     [FaultKind::Rot, FaultKind::KillMds, FaultKind::KillClient, FaultKind::CutMds, FaultKind::Clock, FaultKind::Reset];
+
+/// What may happen beside a disk that does wrong.
+const BESIDE_WRONG: [FaultKind; 6] = [
+    FaultKind::KillMds,
+    FaultKind::KillClient,
+    FaultKind::CutMds,
+    FaultKind::Clock,
+    FaultKind::Reset,
+    FaultKind::Members,
+];
 
 const ALL: [FaultKind; 14] = [
     FaultKind::KillCs,
@@ -115,6 +130,8 @@ pub(super) struct Plan {
     pub slow_one_in: u64,
     /// Disks too small for what clients write, filled and drained in turn; some opens are shared, some writes fail.
     pub full: bool,
+    /// What one disk does wrong.
+    pub wrong: Option<Wrong>,
 }
 
 impl Plan {
@@ -163,6 +180,7 @@ impl Plan {
             offline_after: rng.chance(1, 3).then_some(10),
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
             full: false,
+            wrong: None,
         };
         if !faultless && !plan.faults.contains(&FaultKind::Rot) {
             match seed % SEEDS_OF {
@@ -184,7 +202,26 @@ impl Plan {
                 _ => {}
             }
         }
+        let of_others = [SEEDS_CUT_HOST, SEEDS_ISLAND, SEEDS_FLUSH_FAILS, SEEDS_OLD_COPY, SEEDS_MEMBERS, SEEDS_FULL];
+        let taken = of_others.contains(&(seed % SEEDS_OF)) || seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS;
+        if !faultless && !taken {
+            plan.draw_wrong(Wrong::of(seed), rng);
+        }
         plan
+    }
+
+    /// One chunk server has a disk that does wrong; nothing else takes copies away.
+    fn draw_wrong(&mut self, wrong: Option<Wrong>, rng: &mut Rng) {
+        let Some(wrong) = wrong else { return };
+        self.wrong = Some(wrong);
+        self.faults = BESIDE_WRONG.to_vec();
+        rng.shuffle(&mut self.faults);
+        self.faults.truncate(rng.below(3) as usize);
+        self.faults.extend([FaultKind::WrongDisk, FaultKind::WrongDisk, FaultKind::RestartWrong]);
+        self.fault_every = self.fault_every.min(2 * SECOND);
+        self.chaos_ns = rng.range(20 * SECOND, 60 * SECOND);
+        self.shape.scrub = 600;
+        self.volumes.iter_mut().for_each(|volume| volume.replicas = volume.replicas.max(2));
     }
 
     /// Hosts that run a client and a chunk server fail as a whole; few other faults, so that what they leave is not
@@ -242,13 +279,14 @@ impl Plan {
         let volumes: Vec<String> =
             self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
         format!(
-            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}",
+            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}{}",
             shape.mds,
             shape.cs,
             if self.full { format!(" of {} MiB", shape.cs_disk >> 20) } else { String::new() },
             shape.clients,
             volumes.join(" "),
-            self.faults
+            self.faults,
+            self.wrong.map_or_else(String::new, |wrong| format!(", {wrong:?}"))
         )
     }
 }
