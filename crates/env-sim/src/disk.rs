@@ -52,6 +52,13 @@ pub enum Fault {
         /// How many writes are stored first.
         nth: u64,
     },
+    /// Of the `nth` write the pages from `first` on are never stored; it is acknowledged.
+    LosePart {
+        /// How many writes are stored first.
+        nth: u64,
+        /// Pages of it that are stored.
+        first: u64,
+    },
     /// The `nth` write lands at `offset` instead of where it belongs.
     MisdirectWrite {
         /// How many writes go right first.
@@ -93,7 +100,8 @@ enum Fate {
     Normal,
     Fails,
     Hangs,
-    Lost,
+    /// From this page of the write on.
+    Lost(u64),
     Misdirected(u64),
     Stale,
 }
@@ -244,7 +252,7 @@ impl SimDisk {
         self.armed.retain_mut(|armed| {
             let wanted = match &armed.fault {
                 Fault::Fail { kind, .. } | Fault::Hang { kind, .. } => *kind,
-                Fault::LoseWrite { .. } | Fault::MisdirectWrite { .. } => OpKind::Write,
+                Fault::LoseWrite { .. } | Fault::LosePart { .. } | Fault::MisdirectWrite { .. } => OpKind::Write,
                 Fault::StaleRead { .. } => OpKind::Read,
             };
             if wanted != OpKind::Any && wanted != kind {
@@ -267,7 +275,13 @@ impl SimDisk {
                 }
                 Fault::LoseWrite { nth } => {
                     if at == *nth {
-                        fate = Fate::Lost;
+                        fate = Fate::Lost(0);
+                    }
+                    at < *nth
+                }
+                Fault::LosePart { nth, first } => {
+                    if at == *nth {
+                        fate = Fate::Lost(*first);
                     }
                     at < *nth
                 }
@@ -365,7 +379,11 @@ impl SimDisk {
         self.order += 1;
         let misdeed = |what| Misdeed { what, page: first_page, pages: pages.len() as u64 };
         match fate {
-            Fate::Lost => self.misdeeds.push(misdeed("lost write")),
+            Fate::Lost(first) if *first < pages.len() as u64 => {
+                let lost =
+                    Misdeed { page: first_page + first, pages: pages.len() as u64 - first, ..misdeed("lost write") };
+                self.misdeeds.push(lost);
+            }
             Fate::Misdirected(offset) => {
                 let there = Misdeed { page: offset / PAGE as u64, ..misdeed("write over") };
                 self.misdeeds.extend([misdeed("misdirected write"), there]);
@@ -379,7 +397,7 @@ impl SimDisk {
                 before.insert(number, held);
             }
             match fate {
-                Fate::Lost => {
+                Fate::Lost(first) if i as u64 >= *first => {
                     self.faulty.insert(number, self.visible(number));
                 }
                 Fate::Misdirected(offset) => {

@@ -39,7 +39,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use wrong::WrongDisk;
-pub(crate) use wrong::{SEEDS_LIES, SEEDS_LOST, SEEDS_MISDIRECTED, SEEDS_STALE, SEEDS_WRONG_OF};
+pub(crate) use wrong::{SEEDS_MISDIRECTED, SEEDS_STALE, SEEDS_WRONG_OF};
 
 /// A verdict: nothing, or the first broken invariant.
 pub(crate) type Verdict = Result<(), Box<Broken>>;

@@ -60,9 +60,10 @@ pub(crate) const SEEDS_FULL_MDS: u64 = 5;
 pub(crate) const SEEDS_FULL: u64 = 3;
 pub(crate) const SEEDS_MEMBERS: u64 = 17;
 
-/// Clients that die or lose their leases while disks are full are drawn only where the build was told so
-/// (`CAIRN_SIM_WIDE=1`): they show volumes that cannot be opened for want of room (docs/status.md).
-const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
+/// What shows gaps that docs/status.md names is drawn only where the build was told so (`CAIRN_SIM_WIDE=1`): clients
+/// that die or lose their leases while disks are full, after which volumes cannot be opened for want of room; and stops
+/// of a server whose disk lost the newest groups of its log before anybody else knew of them.
+pub(super) const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
 
 /// The largest volume drawn: as many chunks as the scenario looks at.
 const VOLUME_MAX: u64 = 56 << 20;

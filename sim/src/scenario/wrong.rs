@@ -11,7 +11,7 @@
 //! only when they know all that is durable, or when the disk did nothing wrong since they did.
 
 use super::faults::Restore;
-use super::plan::FaultKind;
+use super::plan::{FaultKind, WIDE};
 use super::{Scenario, Verdict, broken};
 use crate::checkers::shadow::Invariant;
 use crate::world::{NodeIndex, SECOND};
@@ -63,6 +63,11 @@ pub(super) struct WrongDisk {
     did_wrong: bool,
     /// Nothing was done wrong since the metadata servers knew all that was durable.
     clean: bool,
+    /// The server is stopped only when its store has made a checkpoint since something was done wrong: then its log is
+    /// whole, and what is damaged is elsewhere.
+    patient: bool,
+    /// The checkpoint of the store when something was last done wrong.
+    generation: u64,
     /// The server is to be stopped.
     restart: bool,
     /// The server was replaced.
@@ -72,7 +77,9 @@ pub(super) struct WrongDisk {
 impl WrongDisk {
     pub fn new(kind: Option<Wrong>, servers: usize, mut rng: Rng) -> Option<Self> {
         let index = rng.below(servers as u64) as usize;
-        kind.map(|kind| Self { rng, kind, index, did_wrong: false, clean: true, restart: false, gone: false })
+        let patient = rng.chance(1, 2);
+        let (did_wrong, clean, restart, gone) = (false, true, false, false);
+        kind.map(|kind| Self { rng, kind, index, did_wrong, clean, patient, generation: 0, restart, gone })
     }
 }
 
@@ -89,7 +96,11 @@ impl Scenario {
         let wrong = self.wrong.as_mut().expect("it has a node");
         let disk = &mut self.cluster.world.nodes[node.0].disks[0];
         match wrong.kind {
-            Wrong::LostWrites => disk.inject(Fault::LoseWrite { nth: wrong.rng.below(30) }),
+            Wrong::LostWrites => {
+                // A write of the log is a header and then data: without the first page the log itself is damaged.
+                let (nth, first) = (wrong.rng.below(30), wrong.rng.below(2) * wrong.rng.range(1, 4));
+                disk.inject(Fault::LosePart { nth, first });
+            }
             Wrong::MisdirectedWrites => {
                 // Mostly where something is.
                 let pages = disk.written_pages();
@@ -120,12 +131,18 @@ impl Scenario {
     /// something.
     fn stop_wrong(&mut self, node: NodeIndex) -> Result<Option<usize>, Box<crate::checkers::shadow::Broken>> {
         self.note_misdeeds();
-        let told = self.is_told(node);
+        let (told, generation) = (self.is_told(node), self.generation_of(node));
         let wrong = self.wrong.as_mut().expect("it has a node");
         // What is read wrong at the next start may be the end of the log, and so is what an honest flush never saw.
         let needs_told = matches!(wrong.kind, Wrong::StaleReads | Wrong::LyingFlushes);
-        if !told && (needs_told || !wrong.clean) {
+        if !told && !WIDE && (needs_told || !wrong.clean) {
             return Ok(None);
+        }
+        if self.chaos && wrong.patient && generation.is_none_or(|now| now <= wrong.generation) {
+            return Ok(None);
+        }
+        if wrong.patient && wrong.kind == Wrong::StaleReads {
+            self.cluster.world.nodes[node.0].disks[0].disarm();
         }
         let (index, kind) = (wrong.index, wrong.kind);
         wrong.restart = false;
@@ -147,12 +164,19 @@ impl Scenario {
         self.cluster.world.inspect::<CsCore, _>(node, |core| core.is_durable_told()) == Some(true)
     }
 
+    fn generation_of(&mut self, node: NodeIndex) -> Option<u64> {
+        self.cluster.world.inspect::<CsCore, _>(node, |core| core.store().stats().generation)
+    }
+
     fn note_misdeeds(&mut self) {
         let Some(node) = self.wrong_node() else { return };
         let misdeeds = self.cluster.world.nodes[node.0].disks[0].take_misdeeds();
+        let generation = self.generation_of(node);
         for misdeed in misdeeds {
             let wrong = self.wrong.as_mut().expect("it has a node");
             (wrong.did_wrong, wrong.clean) = (true, false);
+            // One more, as the next may have been under way already.
+            wrong.generation = generation.map_or(wrong.generation, |now| now + 1);
             self.cluster.world.note(format_args!(
                 "the disk of {node:?} did wrong: {}, pages {}+{}",
                 misdeed.what, misdeed.page, misdeed.pages

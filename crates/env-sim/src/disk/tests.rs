@@ -139,3 +139,14 @@ fn a_stale_read_returns_what_was_before_once() {
     };
     assert_eq!([read(3), read(4), read(5)], [8, 7, 8]);
 }
+
+#[test]
+fn a_write_lost_in_part_keeps_its_first_pages() {
+    let mut disk = SimDisk::new(SIZE);
+    disk.inject(Fault::LosePart { nth: 0, first: 1 });
+    let bufs = vec![Buf::copy_from(&[9; 3 * PAGE])];
+    disk.submit(DiskRequest { io: IoId(1), op: DiskOp::Write { offset: 0, bufs } });
+    assert!(disk.complete(IoId(1)).expect("it completes").result.is_ok());
+    assert_eq!([0, 1, 2].map(|page| byte(&disk, page)), [9, 0, 0]);
+    assert_eq!(disk.take_misdeeds(), [Misdeed { what: "lost write", page: 1, pages: 2 }]);
+}
