@@ -5,7 +5,8 @@ use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
 use crate::scenario::{
     SEEDS_CUT_HOST, SEEDS_DISASTER, SEEDS_DISASTER_OF, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS,
-    SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS, SEEDS_OF, SEEDS_OLD_COPY,
+    SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS, SEEDS_MISDIRECTED, SEEDS_OF, SEEDS_OLD_COPY, SEEDS_STALE,
+    SEEDS_WRONG_OF,
 };
 use cairn_stdx::{Rng, planted};
 
@@ -71,6 +72,11 @@ const fn on_files(bug: Planted) -> Planted {
     Planted { fsx: true, ..bug }
 }
 
+/// Looked for in seeds where a disk does wrong and says nothing: the kind, by its remainder.
+const fn with_wrong_disk(kind: u64, bug: Planted) -> Planted {
+    Planted { seeds: (kind, SEEDS_WRONG_OF), ..bug }
+}
+
 /// The planted bugs.
 pub const PLANTED: &[Planted] = &[
     bug("acknowledge_before_all_replicas", Invariant::I3, 100),
@@ -115,7 +121,9 @@ pub const PLANTED: &[Planted] = &[
     on_small_disks(bug("full_copy_never_freshened", Invariant::I16, 600)),
     on_small_disks(bug("store_trim_needs_room", Invariant::I16, 100)),
     on_small_disks(bug("refused_write_not_taken_back", Invariant::I5, 200)),
-    with_failing_flushes(bug("store_retry_fsync", Invariant::I17, 100)),
+    with_failing_flushes(bug("store_retry_fsync", Invariant::I12, 100)),
+    with_wrong_disk(SEEDS_STALE, bug("store_read_unverified", Invariant::I10, 200)),
+    with_wrong_disk(SEEDS_MISDIRECTED, bug("cs_repair_passes_damaged_over", Invariant::I3, 2000)),
     bug("store_trust_tail", Invariant::I1, 100),
     after_disasters(bug("recover_takes_old_copies", Invariant::I21, 600)),
     after_disasters(bug("recover_trusts_incomplete_copies", Invariant::I21, RARE)),

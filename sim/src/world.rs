@@ -4,11 +4,13 @@
 //! that delay, stall, break and deliver late; disks that tear, lose and fail; clocks that drift. Everything random
 //! comes from generators split off the seed, so that one more draw in one place does not reshuffle another.
 
+use crate::checkers::shadow::Invariant;
 use crate::net::{Conn, Network};
-use cairn_env::{DiskDone, IoId};
+use cairn_env::{Buf, DiskDone, IoId};
 use cairn_env_sim::SimDisk;
 use cairn_stdx::{Rng, checksum::crc64};
-use cairn_types::{Instant, NodeId};
+use cairn_types::{BLOCK_SIZE, Instant, NodeId};
+use cairn_wire::data::{DataReply, DataStatus};
 use cairn_wire::{DiskIndex, Effects, Event, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
@@ -77,6 +79,8 @@ pub struct Node {
     pub incarnation: u32,
     /// Extra time each disk request takes, in ns (a slow disk).
     pub disk_delay_ns: u64,
+    /// The start of which a flush failed: what that process holds is not to be trusted any more (I12).
+    untrusted: Option<u32>,
     waiting: VecDeque<Event>,
     clock: Clock,
     wake: Option<u64>,
@@ -104,6 +108,8 @@ pub struct World {
     pub frames: bool,
     /// A process declared that it cannot go on: (node, why).
     pub fatal: Vec<(NodeIndex, String)>,
+    /// An invariant that what a process sends has broken, and how.
+    pub found: Option<(Invariant, String)>,
     effects: Effects,
 }
 
@@ -128,6 +134,7 @@ impl World {
             verbose: false,
             frames: false,
             fatal: Vec::new(),
+            found: None,
             effects: Effects::default(),
         }
     }
@@ -154,6 +161,7 @@ impl World {
             paused: false,
             incarnation: 0,
             disk_delay_ns: 0,
+            untrusted: None,
             waiting: VecDeque::new(),
             clock,
             wake: None,
@@ -338,6 +346,9 @@ impl World {
                 if self.nodes[node.0].incarnation == incarnation && self.nodes[node.0].process.is_some() {
                     let done: Option<DiskDone> = self.nodes[node.0].disks[usize::from(disk)].complete(io);
                     if let Some(done) = done {
+                        if done.result.as_ref().is_err_and(|error| error.operation == "flush") {
+                            self.nodes[node.0].untrusted = Some(incarnation);
+                        }
                         self.deliver(node, Event::Disk(DiskIndex(disk), done));
                     }
                 }
@@ -474,6 +485,7 @@ impl World {
                 self.schedule(after, Happening::Connected { conn });
             }
             NetEffect::Send { link, kind, id, prefix, payload } => {
+                self.check_sent(node, kind, &prefix, &payload);
                 if let Some((conn, to_acceptor, due)) = self.net.send(self.now, node, link, kind, id, prefix, payload) {
                     self.schedule(due.saturating_sub(self.now), Happening::Deliver { conn, to_acceptor });
                 }
@@ -483,6 +495,34 @@ impl World {
                     self.net.forget_side(conn, acceptor_side);
                     self.break_side(conn, !acceptor_side, "connection closed by peer");
                 }
+            }
+        }
+    }
+
+    /// What no server may send: a block that is not what its index says (I10), or anything that rests on a device
+    /// after a flush of it failed (I12).
+    fn check_sent(&mut self, node: NodeIndex, kind: FrameKind, prefix: &[u8], payload: &[Buf]) {
+        if !matches!(kind, FrameKind::DataReply | FrameKind::Raft) {
+            return;
+        }
+        let state = &self.nodes[node.0];
+        let untrusted = state.untrusted == Some(state.incarnation);
+        let payload_len = payload.iter().map(|buf| buf.len()).sum();
+        let reply = (kind == FrameKind::DataReply).then(|| DataReply::decode(prefix, payload_len));
+        let rests_on_disk = match &reply {
+            Some(reply) => reply.as_ref().is_ok_and(|reply| reply.status == DataStatus::Ok),
+            None => true,
+        };
+        if untrusted && rests_on_disk {
+            let what = format!("{node:?} sent {kind:?} after a flush of its disk had failed: {reply:?}");
+            self.found.get_or_insert((Invariant::I12, what));
+        }
+        if let Some(Ok(reply)) = reply {
+            let blocks = payload.iter().flat_map(|buf| buf.chunks(BLOCK_SIZE));
+            let bad = blocks.zip(&reply.checksums).position(|(block, checksum)| crc64(block) != *checksum);
+            if let Some(at) = bad {
+                let what = format!("{node:?} sent a damaged block, number {at} of an answer to a read");
+                self.found.get_or_insert((Invariant::I10, what));
             }
         }
     }

@@ -52,12 +52,25 @@ pub enum Fault {
         /// How many writes are stored first.
         nth: u64,
     },
+    /// Of the `nth` write the pages from `first` on are never stored; it is acknowledged.
+    LosePart {
+        /// How many writes are stored first.
+        nth: u64,
+        /// Pages of it that are stored.
+        first: u64,
+    },
     /// The `nth` write lands at `offset` instead of where it belongs.
     MisdirectWrite {
         /// How many writes go right first.
         nth: u64,
         /// Byte offset where the data lands, aligned.
         offset: u64,
+    },
+    /// The `nth` read returns what its pages held before they were last written, if the disk
+    /// [remembers](SimDisk::remember).
+    StaleRead {
+        /// How many reads are right first.
+        nth: u64,
     },
     /// The `nth` request of `kind` never completes.
     Hang {
@@ -87,8 +100,21 @@ enum Fate {
     Normal,
     Fails,
     Hangs,
-    Lost,
+    /// From this page of the write on.
+    Lost(u64),
     Misdirected(u64),
+    Stale,
+}
+
+/// Something wrong that was done, of which the disk said nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Misdeed {
+    /// What it was.
+    pub what: &'static str,
+    /// The first page it concerns.
+    pub page: u64,
+    /// How many pages.
+    pub pages: u64,
 }
 
 #[derive(Clone)]
@@ -116,6 +142,11 @@ pub struct SimDisk {
     stale: BTreeMap<u64, Arc<Page>>,
     flying: BTreeMap<IoId, Flying>,
     armed: Vec<Armed>,
+    /// What pages held before they were last written, once the disk remembers.
+    before: Option<BTreeMap<u64, Arc<Page>>>,
+    /// Flushes are acknowledged and do nothing.
+    lies: bool,
+    misdeeds: Vec<Misdeed>,
     order: u64,
     zero: Arc<Page>,
     /// Requests completed so far, by kind: reads, writes, flushes.
@@ -137,6 +168,9 @@ impl SimDisk {
             stale: BTreeMap::new(),
             flying: BTreeMap::new(),
             armed: Vec::new(),
+            before: None,
+            lies: false,
+            misdeeds: Vec::new(),
             order: 0,
             zero: Arc::new([0; PAGE]),
             completed: [0; 3],
@@ -218,7 +252,8 @@ impl SimDisk {
         self.armed.retain_mut(|armed| {
             let wanted = match &armed.fault {
                 Fault::Fail { kind, .. } | Fault::Hang { kind, .. } => *kind,
-                Fault::LoseWrite { .. } | Fault::MisdirectWrite { .. } => OpKind::Write,
+                Fault::LoseWrite { .. } | Fault::LosePart { .. } | Fault::MisdirectWrite { .. } => OpKind::Write,
+                Fault::StaleRead { .. } => OpKind::Read,
             };
             if wanted != OpKind::Any && wanted != kind {
                 return true;
@@ -240,13 +275,25 @@ impl SimDisk {
                 }
                 Fault::LoseWrite { nth } => {
                     if at == *nth {
-                        fate = Fate::Lost;
+                        fate = Fate::Lost(0);
+                    }
+                    at < *nth
+                }
+                Fault::LosePart { nth, first } => {
+                    if at == *nth {
+                        fate = Fate::Lost(*first);
                     }
                     at < *nth
                 }
                 Fault::MisdirectWrite { nth, offset } => {
                     if at == *nth {
                         fate = Fate::Misdirected(*offset);
+                    }
+                    at < *nth
+                }
+                Fault::StaleRead { nth } => {
+                    if at == *nth {
+                        fate = Fate::Stale;
                     }
                     at < *nth
                 }
@@ -289,7 +336,11 @@ impl SimDisk {
                     let mut buf = BufMut::zeroed(len as usize);
                     for (i, out) in buf.chunks_exact_mut(PAGE).enumerate() {
                         let page = offset / PAGE as u64 + i as u64;
-                        let stale = self.stale.remove(&page);
+                        let mut stale = self.stale.remove(&page);
+                        if flying.fate == Fate::Stale {
+                            stale = stale.or_else(|| self.before.as_ref()?.get(&page).cloned());
+                            self.misdeeds.extend(stale.iter().map(|_| Misdeed { what: "stale read", page, pages: 1 }));
+                        }
                         out.copy_from_slice(&stale.unwrap_or_else(|| self.visible(page))[..]);
                     }
                     Ok(buf.freeze())
@@ -312,7 +363,11 @@ impl SimDisk {
             }
             Work::Flush { covers } => {
                 self.completed[2] += 1;
-                self.flush(covers, failed);
+                if self.lies && !failed {
+                    self.misdeeds.push(Misdeed { what: "flush that did nothing", page: 0, pages: 0 });
+                } else {
+                    self.flush(covers, failed);
+                }
                 if failed { Err(error("flush", 0, 0, DiskErrorKind::Io)) } else { Ok(BufMut::zeroed(0).freeze()) }
             }
             Work::Discard => Ok(BufMut::zeroed(0).freeze()),
@@ -322,10 +377,27 @@ impl SimDisk {
 
     fn store(&mut self, first_page: u64, pages: Vec<Arc<Page>>, fate: &Fate) {
         self.order += 1;
+        let misdeed = |what| Misdeed { what, page: first_page, pages: pages.len() as u64 };
+        match fate {
+            Fate::Lost(first) if *first < pages.len() as u64 => {
+                let lost =
+                    Misdeed { page: first_page + first, pages: pages.len() as u64 - first, ..misdeed("lost write") };
+                self.misdeeds.push(lost);
+            }
+            Fate::Misdirected(offset) => {
+                let there = Misdeed { page: offset / PAGE as u64, ..misdeed("write over") };
+                self.misdeeds.extend([misdeed("misdirected write"), there]);
+            }
+            _ => {}
+        }
         for (i, page) in pages.into_iter().enumerate() {
             let number = first_page + i as u64;
+            let held = self.before.is_some().then(|| self.visible(number));
+            if let (Some(before), Some(held)) = (&mut self.before, held) {
+                before.insert(number, held);
+            }
             match fate {
-                Fate::Lost => {
+                Fate::Lost(first) if i as u64 >= *first => {
                     self.faulty.insert(number, self.visible(number));
                 }
                 Fate::Misdirected(offset) => {
@@ -409,12 +481,38 @@ impl SimDisk {
         self.stale.insert(number, self.visible(number));
     }
 
+    /// From now on the disk knows what each page held before it was last written: stale reads return that.
+    pub fn remember(&mut self) {
+        self.before.get_or_insert_default();
+    }
+
+    /// From now on flushes are acknowledged and do nothing, or are honest again: the next one then covers all.
+    pub fn lie_about_flushes(&mut self, lies: bool) {
+        self.lies = lies;
+    }
+
+    /// True while flushes do nothing.
+    pub fn lies_about_flushes(&self) -> bool {
+        self.lies
+    }
+
+    /// What was done wrong since this was last asked, for whoever sees everything.
+    pub fn take_misdeeds(&mut self) -> Vec<Misdeed> {
+        std::mem::take(&mut self.misdeeds)
+    }
+
+    /// No more faults begin; what was done wrong so far stays on the disk.
+    pub fn disarm(&mut self) {
+        self.armed.clear();
+        self.stale.clear();
+        self.lies = false;
+    }
+
     /// Undoes every fault: armed ones are forgotten, rotten, lost and misdirected pages show their true content,
     /// hanging requests complete again.
     pub fn lift_faults(&mut self) {
-        self.armed.clear();
+        self.disarm();
         self.faulty.clear();
-        self.stale.clear();
         self.flying.values_mut().filter(|f| f.fate == Fate::Hangs).for_each(|f| f.fate = Fate::Normal);
     }
 

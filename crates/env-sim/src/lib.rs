@@ -4,4 +4,4 @@
 
 pub mod disk;
 
-pub use disk::{Fault, OpKind, SimDisk};
+pub use disk::{Fault, Misdeed, OpKind, SimDisk};

@@ -28,6 +28,10 @@ pub enum Invariant {
     I7,
     /// Replicas identical after convergence.
     I8,
+    /// What a disk damaged is found before a byte leaves its server, and never copied.
+    I10,
+    /// After a failed flush nothing depends on the device until it was verified again.
+    I12,
     /// A full cluster goes on reading and deleting, loses nothing, and what is returned can be used again.
     I16,
     /// The log is kept; equal index, equal state.

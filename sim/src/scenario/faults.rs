@@ -17,7 +17,7 @@ const ANSWERS_LATE: u64 = 5 * SECOND;
 
 /// What undoes a fault.
 #[derive(Clone, Debug)]
-enum Restore {
+pub(super) enum Restore {
     StartMds(usize),
     StartCs(usize),
     StartClient(usize),
@@ -164,6 +164,8 @@ impl Scenario {
             FaultKind::Island => self.isolate_host(),
             FaultKind::OldCopy => self.use_old_copy()?,
             FaultKind::Members => self.change_members()?,
+            FaultKind::WrongDisk => self.do_wrong(),
+            FaultKind::RestartWrong => self.restart_wrong(),
         }
         Ok(())
     }
@@ -205,7 +207,12 @@ impl Scenario {
         self.faults.restores.is_empty() && !self.cluster.all_nodes().iter().any(slow)
     }
 
-    fn later(&mut self, restore: Restore) {
+    /// True when the process of a chunk server is down for a while only.
+    pub(super) fn starts_later(&self, index: usize) -> bool {
+        self.faults.restores.values().any(|restore| matches!(restore, Restore::StartCs(at) if *at == index))
+    }
+
+    pub(super) fn later(&mut self, restore: Restore) {
         let after = self.faults.rng.range(MS, self.plan.down_max);
         self.restore_after(after, restore);
     }
@@ -277,8 +284,8 @@ impl Scenario {
         // What it gave up for until now is forgiven.
         self.cluster.world.fatal.retain(|(other, _)| *other != node);
         self.disturb(node);
-        // Rot does not go away by itself: reads and the scrub must find it.
-        if !self.plan.faults.contains(&FaultKind::Rot) {
+        // Rot, and what a disk did wrong, does not go away by itself: reads and the scrub must find it.
+        if !self.may_hold_damage() {
             self.cluster.world.nodes[node.0].disks.iter_mut().for_each(|disk| disk.lift_faults());
         }
         if let Some(index) = self.cluster.mds.iter().position(|mds| mds.node == node) {
@@ -299,6 +306,7 @@ impl Scenario {
         let now = self.now();
         let is_old = |copy: &OldCopy| copy.is_in && self.cluster.cs[copy.index].node == node;
         self.faults.old_copy.as_ref().is_some_and(is_old)
+            || self.wrong_node() == Some(node)
             || self.faults.failing.get(&node).is_some_and(|mended| mended.is_none_or(|at| now - at < ANSWERS_LATE))
     }
 

@@ -13,7 +13,7 @@ use crate::checkers::shadow::Invariant;
 use crate::world::{MS, NodeIndex, SECOND};
 use cairn_client::ClientCore;
 use cairn_stdx::Rng;
-use cairn_types::MdsId;
+use cairn_types::{CsId, MdsId};
 use cairn_wire::mds::{CsState, MdsError, MdsReply, MdsRequest};
 
 /// Most chunk servers, and metadata servers, that are alive at once.
@@ -63,6 +63,13 @@ impl Members {
 
     pub fn is_idle(&self) -> bool {
         self.change.is_none()
+    }
+
+    /// A disk was lost: what is being drained is needed, and stays.
+    pub fn call_drain_off(&mut self, now: u64) {
+        if let Some((Change::DrainCs(index), Step::AtWork(_))) = self.change {
+            self.change = Some((Change::KeepCs(index), Step::CallAt(now)));
+        }
     }
 
     /// True while the copies on a disk that was lost are made anew elsewhere.
@@ -143,6 +150,23 @@ impl Scenario {
             return Ok(false);
         }
         self.members.wiped_cs = true;
+        self.lose_disk(index, id)?;
+        Ok(true)
+    }
+
+    /// A disk that its server refuses is as good as lost: an operator puts an empty one in its place. False: not now,
+    /// as it holds the only current copy of something.
+    pub(super) fn replace_lost_disk(&mut self, index: usize) -> Result<bool, Box<crate::checkers::shadow::Broken>> {
+        let Some(id) = self.cluster.cs[index].id.filter(|_| self.members.is_idle()) else { return Ok(false) };
+        if self.is_last_copy(id) {
+            return Ok(false);
+        }
+        self.lose_disk(index, id)?;
+        self.members.change = Some((Change::ForceCs(index), Step::CallAt(self.now())));
+        Ok(true)
+    }
+
+    fn lose_disk(&mut self, index: usize, id: CsId) -> Verdict {
         let node = self.cluster.cs[index].node;
         self.cluster.world.note(format_args!("the disk of {node:?} ({id}) is lost"));
         self.power_is_lost(&[index])?;
@@ -150,7 +174,7 @@ impl Scenario {
         self.cluster.world.power_cut(node);
         self.cluster.cs[index].retired = true;
         self.add_cs();
-        Ok(true)
+        Ok(())
     }
 
     /// Carries the change under way on; looked at all the time.

@@ -16,6 +16,7 @@ mod names;
 mod plan;
 mod setup;
 mod verify;
+mod wrong;
 
 use crate::checkers::holders::Holders;
 use crate::checkers::names::Names;
@@ -43,6 +44,8 @@ pub(crate) use plan::{
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use wrong::WrongDisk;
+pub(crate) use wrong::{SEEDS_MISDIRECTED, SEEDS_STALE, SEEDS_WRONG_OF};
 
 /// A verdict: nothing, or the first broken invariant.
 pub(crate) type Verdict = Result<(), Box<Broken>>;
@@ -89,6 +92,7 @@ pub(crate) struct Scenario {
     loads: Vec<Load>,
     faults: Faults,
     members: Members,
+    wrong: Option<WrongDisk>,
     eras: Eras,
     pending: BTreeMap<u64, Pending>,
     mailbox: Mailbox,
@@ -124,6 +128,7 @@ impl Scenario {
         let loads = (0..plan.shape.clients as u64).map(|i| Load::new(rng.split(100 + i))).collect();
         let eras = Eras::new(plan.shape.cs);
         let faults = Faults::new(rng.split(13));
+        let wrong = WrongDisk::new(plan.wrong, plan.shape.cs, rng.split(16));
         Self {
             seed,
             plan,
@@ -133,6 +138,7 @@ impl Scenario {
             loads,
             faults,
             members: Members::new(rng.split(14)),
+            wrong,
             eras,
             pending: BTreeMap::new(),
             mailbox: Mailbox::default(),
@@ -172,6 +178,7 @@ impl Scenario {
         self.run_until(until, |_| false)?;
         (self.chaos, self.draining) = (self.plan.full, self.plan.full);
         self.heal()?;
+        self.judge_wrong_disk()?;
         if self.draining {
             self.drain_at_last()?;
             self.chaos = false;
@@ -209,6 +216,9 @@ impl Scenario {
         while self.now() < until {
             let Some(token) = self.cluster.world.step() else { break };
             self.collect()?;
+            if let Some((invariant, what)) = self.cluster.world.found.take() {
+                return Err(broken(invariant, what));
+            }
             if let Some(token) = token {
                 self.on_token(token)?;
                 self.collect()?;
@@ -288,6 +298,7 @@ impl Scenario {
             }
         }
         self.tend_members();
+        self.tend_wrong_disk()?;
         self.release_recalled();
         Ok(())
     }

@@ -2,6 +2,8 @@
 //! a seed that knows few kinds of fault goes deeper into each).
 
 use super::cluster::{CS_DISK, Shape};
+use super::disaster::{SEEDS_DISASTER, SEEDS_DISASTER_OF};
+use super::wrong::Wrong;
 use crate::world::{MS, SECOND};
 use cairn_stdx::Rng;
 use cairn_types::BLOCK_SIZE_U64;
@@ -39,6 +41,10 @@ pub(super) enum FaultKind {
     FullMds,
     /// A metadata server is killed and its image is gone when it starts again.
     LoseImage,
+    /// The one disk that does wrong is about to do so again.
+    WrongDisk,
+    /// The server with that disk is killed or loses power.
+    RestartWrong,
 }
 
 /// Seeds with these remainders have hosts that lose power, islands, flushes that fail before a cut, old copies of
@@ -55,9 +61,10 @@ pub(crate) const SEEDS_FULL_MDS: u64 = 5;
 pub(crate) const SEEDS_FULL: u64 = 3;
 pub(crate) const SEEDS_MEMBERS: u64 = 17;
 
-/// Clients that die or lose their leases while disks are full are drawn only where the build was told so
-/// (`CAIRN_SIM_WIDE=1`): they show volumes that cannot be opened for want of room (docs/status.md).
-const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
+/// What shows gaps that docs/status.md names is drawn only where the build was told so (`CAIRN_SIM_WIDE=1`): clients
+/// that die or lose their leases while disks are full, after which volumes cannot be opened for want of room; and stops
+/// of a server whose disk lost the newest groups of its log before anybody else knew of them.
+pub(super) const WIDE: bool = option_env!("CAIRN_SIM_WIDE").is_some();
 
 /// The largest volume drawn: as many chunks as the scenario looks at.
 const VOLUME_MAX: u64 = 56 << 20;
@@ -66,6 +73,16 @@ const VOLUME_MAX: u64 = 56 << 20;
 /// then data is rightly lost.
 const WITH_ROT: [FaultKind; 6] =
     [FaultKind::Rot, FaultKind::KillMds, FaultKind::KillClient, FaultKind::CutMds, FaultKind::Clock, FaultKind::Reset];
+
+/// What may happen beside a disk that does wrong.
+const BESIDE_WRONG: [FaultKind; 6] = [
+    FaultKind::KillMds,
+    FaultKind::KillClient,
+    FaultKind::CutMds,
+    FaultKind::Clock,
+    FaultKind::Reset,
+    FaultKind::Members,
+];
 
 const ALL: [FaultKind; 14] = [
     FaultKind::KillCs,
@@ -117,6 +134,8 @@ pub(super) struct Plan {
     pub full: bool,
     /// Files that clients work on instead of volumes.
     pub files: Option<FilesPlan>,
+    /// What one disk does wrong.
+    pub wrong: Option<Wrong>,
 }
 
 /// The files of a seed.
@@ -214,6 +233,7 @@ impl Plan {
             slow_one_in: *rng.choose(&[20, 300, 5000]).expect("not empty"),
             full: false,
             files: None,
+            wrong: None,
         };
         if !faultless && !plan.faults.contains(&FaultKind::Rot) {
             match seed % SEEDS_OF {
@@ -235,7 +255,28 @@ impl Plan {
                 _ => {}
             }
         }
+        let of_others = [SEEDS_CUT_HOST, SEEDS_ISLAND, SEEDS_FLUSH_FAILS, SEEDS_OLD_COPY, SEEDS_MEMBERS, SEEDS_FULL];
+        let taken = of_others.contains(&(seed % SEEDS_OF))
+            || seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS
+            || SEEDS_DISASTER.contains(&(seed % SEEDS_DISASTER_OF));
+        if !faultless && !taken {
+            plan.draw_wrong(Wrong::of(seed), rng);
+        }
         plan
+    }
+
+    /// One chunk server has a disk that does wrong; nothing else takes copies away.
+    fn draw_wrong(&mut self, wrong: Option<Wrong>, rng: &mut Rng) {
+        let Some(wrong) = wrong else { return };
+        self.wrong = Some(wrong);
+        self.faults = BESIDE_WRONG.to_vec();
+        rng.shuffle(&mut self.faults);
+        self.faults.truncate(rng.below(3) as usize);
+        self.faults.extend([FaultKind::WrongDisk, FaultKind::WrongDisk, FaultKind::RestartWrong]);
+        self.fault_every = self.fault_every.min(2 * SECOND);
+        self.chaos_ns = rng.range(20 * SECOND, 60 * SECOND);
+        self.shape.scrub = 600;
+        self.volumes.iter_mut().for_each(|volume| volume.replicas = volume.replicas.max(2));
     }
 
     /// Hosts that run a client and a chunk server fail as a whole; few other faults, so that what they leave is not
@@ -299,13 +340,14 @@ impl Plan {
         let volumes: Vec<String> =
             self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
         format!(
-            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}",
+            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}{}",
             shape.mds,
             shape.cs,
             if self.full { format!(" of {} MiB", shape.cs_disk >> 20) } else { String::new() },
             shape.clients,
             volumes.join(" "),
-            self.faults
+            self.faults,
+            self.wrong.map_or_else(String::new, |wrong| format!(", {wrong:?}"))
         )
     }
 }

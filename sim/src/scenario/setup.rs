@@ -39,7 +39,7 @@ impl Scenario {
                 })
             })?;
         }
-        if self.plan.faults.contains(&FaultKind::Members) {
+        if self.plan.faults.contains(&FaultKind::Members) || self.wrong.is_some() {
             self.cluster.create_operator();
         }
         for _ in 0..self.plan.shape.cs {

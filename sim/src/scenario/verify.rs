@@ -1,7 +1,6 @@
 //! After healing: read everything back, wait for full redundancy, compare every copy and every metadata server.
 
 use super::cluster::SimMds;
-use super::plan::FaultKind;
 use super::{Scenario, Verdict, broken};
 use crate::checkers::shadow::Invariant;
 use crate::world::{NodeIndex, SECOND};
@@ -115,13 +114,14 @@ impl Scenario {
         Ok(())
     }
 
-    /// Where bits rot, every chunk server verifies all it has: two rounds, as the present one may be past the place.
+    /// Where bits rot or disks do wrong, every chunk server verifies all it has: two rounds, as the
+    /// present one may be past the place.
     fn await_scrub(&mut self) -> Verdict {
-        if !self.plan.faults.contains(&FaultKind::Rot) {
+        if !self.may_hold_damage() {
             return Ok(());
         }
         let rounds = |s: &mut Self| -> Vec<u64> {
-            let nodes: Vec<NodeIndex> = s.cluster.cs.iter().map(|cs| cs.node).collect();
+            let nodes: Vec<NodeIndex> = s.cluster.cs.iter().filter(|cs| !cs.retired).map(|cs| cs.node).collect();
             let count = |node| s.cluster.world.inspect::<CsCore, _>(node, |core| core.scrub_rounds());
             nodes.into_iter().map(count).map(Option::unwrap_or_default).collect()
         };

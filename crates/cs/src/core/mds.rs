@@ -22,7 +22,7 @@ use std::net::SocketAddr;
 /// Time between heartbeats.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
 /// What is durable is told this often at most, when it moved: a copy of the store with less is an older one.
-pub const MARK_EVERY: Duration = Duration::from_secs(5);
+pub const MARK_EVERY: Duration = Duration::from_secs(1);
 /// Time between full chunk reports.
 pub const REPORT_EVERY: Duration = Duration::from_secs(3600);
 /// Copies in one piece of a report.

@@ -106,3 +106,47 @@ fn hanging_and_failing_requests_do_so_on_their_turn_only() {
     write(&mut disk, 4, 9, 9);
     assert_eq!(disk.complete(IoId(4)).unwrap().result.unwrap_err().kind, DiskErrorKind::NoSpace);
 }
+
+#[test]
+fn a_flush_that_lies_covers_nothing_until_an_honest_one_follows() {
+    let mut disk = SimDisk::new(SIZE);
+    disk.lie_about_flushes(true);
+    write(&mut disk, 1, 0, 1);
+    disk.complete(IoId(1));
+    assert!(flush(&mut disk, 2));
+    let mut other = disk.clone();
+    cut_to_old(&mut disk);
+    assert_eq!(byte(&disk, 0), 0);
+    assert_eq!(disk.take_misdeeds().len(), 1);
+    other.lie_about_flushes(false);
+    assert!(flush(&mut other, 3));
+    cut_to_old(&mut other);
+    assert_eq!(byte(&other, 0), 1);
+}
+
+#[test]
+fn a_stale_read_returns_what_was_before_once() {
+    let mut disk = SimDisk::new(SIZE);
+    disk.remember();
+    for (io, what) in [(1, 7), (2, 8)] {
+        write(&mut disk, io, 3, what);
+        disk.complete(IoId(io));
+    }
+    disk.inject(Fault::StaleRead { nth: 1 });
+    let mut read = |io| {
+        disk.submit(DiskRequest { io: IoId(io), op: DiskOp::Read { offset: 3 * PAGE as u64, len: PAGE as u32 } });
+        disk.complete(IoId(io)).expect("a read completes").result.expect("it succeeds")[0]
+    };
+    assert_eq!([read(3), read(4), read(5)], [8, 7, 8]);
+}
+
+#[test]
+fn a_write_lost_in_part_keeps_its_first_pages() {
+    let mut disk = SimDisk::new(SIZE);
+    disk.inject(Fault::LosePart { nth: 0, first: 1 });
+    let bufs = vec![Buf::copy_from(&[9; 3 * PAGE])];
+    disk.submit(DiskRequest { io: IoId(1), op: DiskOp::Write { offset: 0, bufs } });
+    assert!(disk.complete(IoId(1)).expect("it completes").result.is_ok());
+    assert_eq!([0, 1, 2].map(|page| byte(&disk, page)), [9, 0, 0]);
+    assert_eq!(disk.take_misdeeds(), [Misdeed { what: "lost write", page: 1, pages: 2 }]);
+}
