@@ -43,12 +43,15 @@ const AWAY_WRITES: usize = 100;
 const SPARSE: u64 = 100 << 30;
 const SPARSE_WRITES: u64 = 16;
 
+/// Chunk servers of the quickstart cluster; new ones get higher numbers.
+const QUICKSTART_SERVERS: usize = 4;
 const MIB: f64 = 1048576.0;
 const VOLUME: &str = "bench-recovery";
 
-/// The load of the scenes: small random reads and writes, as many virtual machines do.
-fn load_shape() -> Shape {
-    Shape { duration: BEFORE, ..Shape::random(Direction::Mixed(70), 16) }
+/// The loads of the scenes: small random reads and writes, as many virtual machines do; and as many writes as fit.
+fn loads() -> [(&'static str, Shape); 2] {
+    let load = |direction, depth| Shape { duration: BEFORE, ..Shape::random(direction, depth) };
+    [("4k 70/30 depth 16", load(Direction::Mixed(70), 16)), ("4k write depth 32", load(Direction::Write, 32))]
 }
 
 /// Runs the suite: outside a quickstart cluster it starts one.
@@ -92,7 +95,10 @@ async fn scenes(
     load::fill(&volume, span).await.context("fill the volume")?;
     tokio::task::spawn_blocking(super::suite::wait_until_settled).await?;
     lost_while_idle(client, lab, disk, lines).await?;
-    lost_under_load(client, lab, &volume, span, disk, lines).await?;
+    for (number, (name, shape)) in loads().into_iter().enumerate() {
+        lost_under_load(client, lab, (&volume, span), (QUICKSTART_SERVERS + 1 + number, name, shape), disk, lines)
+            .await?;
+    }
     away(client, lab, &volume, span, absence, lines).await?;
     release(volume).await;
     restarted(client, lab, lines).await?;
@@ -138,7 +144,7 @@ async fn lost_while_idle(
     let took = begun.elapsed();
     let cpu = (lab.cpu_us() - before) / (victim.stats.used as f64 / MIB);
     let note = format!("; on three servers, {cpu:.0} us of CPU per MiB over all servers");
-    lines.push(rebuild_line("lost server, idle: whole again", took, victim.stats.used, disk, &note));
+    lines.push(rebuild_line("lost server, idle: whole", took, victim.stats.used, disk, &note));
     Ok(())
 }
 
@@ -146,17 +152,16 @@ async fn lost_while_idle(
 async fn lost_under_load(
     client: &LocalClient,
     lab: &mut Lab,
-    volume: &LocalVolume,
-    span: u64,
+    (volume, span): (&LocalVolume, u64),
+    (new, load, shape): (usize, &str, Shape),
     disk: &(Figures, Figures),
     lines: &mut Vec<Line>,
 ) -> Result<()> {
     let old = lab.active(client).await?;
     let victim = old.iter().max_by_key(|info| info.stats.used).context("servers are there")?.clone();
-    lab.make_server(5)?;
-    lab.start(5)?;
+    lab.make_server(new)?;
+    lab.start(new)?;
     wait_until("a new server is there", async || Ok(lab.active(client).await?.len() == old.len() + 1)).await?;
-    let shape = load_shape();
     let calm = load::drive(volume, &shape, span).await?;
     eprintln!("load without a rebuild: {calm}");
     lab.destroy(&victim)?;
@@ -177,9 +182,11 @@ async fn lost_under_load(
     let (took, during) = (took?, during?);
     eprintln!("load during the rebuild:  {during}");
     let note = format!("; on one new server, {:.0} op/s meanwhile, {:.0} before", during.iops, calm.iops);
-    lines.push(rebuild_line("lost server, load: whole again", took, victim.stats.used, disk, &note));
-    let note = format!("{:.0} us against {:.0} us without; 4k 70/30 depth {}", during.p99_us, calm.p99_us, shape.depth);
-    lines.push(Line::new("lost server, load: client p99", during.p99_us / calm.p99_us, "x", Goal::AtMost, 3.0, note));
+    let name = format!("lost server, {load}: whole");
+    lines.push(rebuild_line(&name, took, victim.stats.used, disk, &note));
+    let (name, ratio) = (format!("lost server, {load}: p99"), during.p99_us / calm.p99_us);
+    let note = format!("{:.0} us against {:.0} us without a rebuild", during.p99_us, calm.p99_us);
+    lines.push(Line::new(&name, ratio, "x", Goal::AtMost, 3.0, note));
     Ok(())
 }
 
@@ -470,10 +477,9 @@ impl Lab {
     }
 
     fn make_server(&self, number: usize) -> Result<()> {
-        let size = std::fs::metadata(self.repository(2).join("store"))
-            .or_else(|_| std::fs::metadata(self.repository(3).join("store")))
-            .context("look at the size of another store")?
-            .len();
+        let (other, _) = self.pids.first().context("a server is left")?;
+        let store = self.repository(*other).join("store");
+        let size = std::fs::metadata(store).context("look at the size of another store")?.len();
         let host = HostId(cairn_env_real::random_bytes()).to_string();
         let output = Command::new(&self.exe)
             .args(["make-cs", "-a", "127.0.0.1:0", "--host-id", &host, "--size", &format!("{}M", size >> 20), "-r"])

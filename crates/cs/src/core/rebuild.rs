@@ -42,7 +42,7 @@ const READ_BLOCKS: u32 = 128;
 /// What a client asks for waits behind no more than this; the more it has to do, the longer a block takes, and the
 /// slower rebuilds become by themselves.
 pub(super) const WINDOW_IDLE: u32 = 4096;
-pub(super) const WINDOW_BUSY: u32 = 512;
+pub(super) const WINDOW_BUSY: u32 = 256;
 /// A source that is not at the version yet is asked again after this time.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 /// A source that gave nothing for this long is given up.
