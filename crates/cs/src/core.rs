@@ -203,6 +203,11 @@ pub struct CsCore {
     settle_at: Option<Instant>,
     /// Client requests the store works on or that wait behind a control operation.
     client_depth: u32,
+    /// When a client last asked for something.
+    client_seen: Option<Instant>,
+    /// Reads for the rebuilds of other servers: what the store works on, in blocks, and what waits.
+    repairs_out: u32,
+    repairs_waiting: VecDeque<DataCall>,
     rebuilds: rebuild::Rebuilds,
     peers: peers::Peers,
     mds: mds::MdsLink,
@@ -246,6 +251,9 @@ impl CsCore {
             settle_dirty: Vec::new(),
             settle_at: None,
             client_depth: 0,
+            client_seen: None,
+            repairs_out: 0,
+            repairs_waiting: VecDeque::new(),
             rebuilds: rebuild::Rebuilds::default(),
             peers: peers::Peers::default(),
             scrub: scrub::Scrub::default(),
@@ -314,7 +322,7 @@ impl CsCore {
             capacity,
             used: store.used_bytes,
             chunks: store.chunks,
-            queue_depth: self.client_depth,
+            queue_depth: self.client_depth + self.repairs_waiting.len() as u32,
             ..self.counters
         }
     }
@@ -506,7 +514,7 @@ impl CsCore {
             Pending::Stop => self.stop_ready = true,
             Pending::Label { acknowledged } => self.on_label(now, acknowledged, &result, out),
             Pending::Write(write) => self.on_written(now, write, result, out),
-            Pending::Read(read) => self.on_read(read, result, out),
+            Pending::Read(read) => self.on_read(now, read, result, out),
             Pending::Flush { waiters, issued } => self.on_flushed(waiters, issued, result, out),
             Pending::Control { volume, done } => self.on_control_done(now, volume, done, result, out),
             Pending::Repair { volume, chunk, attempt, first_block, block_count } => {

@@ -27,7 +27,7 @@ const REPLICA: usize = 16;
 const SUSPECT: usize = 8;
 /// Most replicas kept; the redundancy scheme has no more.
 pub const TAG_REPLICAS_MAX: usize = 15;
-/// Most suspect runs a tag has room for; a copy with more is rebuilt from nothing.
+/// Most suspect runs a tag has room for; of more, the smallest gaps are closed.
 pub const TAG_SUSPECTS_MAX: usize = 30;
 /// Longest tag.
 pub const TAG_MAX: usize = FIXED + TAG_REPLICAS_MAX * REPLICA + TAG_SUSPECTS_MAX * SUSPECT;

@@ -99,7 +99,7 @@ pub const PARAMETERS: &[Parameter] = &[
     },
     Parameter {
         key: "mds.wd.rebuilds_per_cs",
-        default: 8,
+        default: 32,
         min: 1,
         max: 256,
         doc: "Copies made on one chunk server at a time.",

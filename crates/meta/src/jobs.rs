@@ -5,7 +5,7 @@
 
 use crate::keys;
 use crate::kv::Kv;
-use crate::record::{Chunk, Inode, Presence, Server, SessionState};
+use crate::record::{Chunk, Inode, Presence, Server, SessionState, Standing};
 use crate::sessions::SESSION_CLEAR_STEP;
 use crate::state::{Meta, decode_record};
 use cairn_types::{ChunkId, ClientId, CsId, HostId, InodeId, VolumeId};
@@ -16,6 +16,8 @@ use std::collections::BTreeMap;
 const STEP_CHUNKS: usize = 2048;
 /// Chunks of the repair queue worked on by one tick.
 const STEP_PLANS: usize = 512;
+/// The same while no server takes another copy.
+const STEP_IDLE_LOOKS: usize = 16;
 /// The clock follows the leader's clock by at most this much per tick.
 const CLOCK_STEP_MAX_NS: u64 = 10_000_000_000;
 
@@ -160,15 +162,31 @@ impl<K: Kv> Meta<K> {
     }
 
     fn run_queue(&mut self, mut budget: usize) {
+        let mut idle_looks = 0;
         for priority in 0..=crate::repair::PRIORITY_TIDY {
             let from = keys::queue(priority, 0, VolumeId(0), 0);
             let to = keys::queue(priority, self.globals.clock_ns.saturating_add(1), VolumeId(0), 0);
             let due = self.kv.scan(&from, &to, budget);
             for (key, _) in &due {
+                // With all servers at their limit most of the line stays where it is, and is first in line when one of
+                // them has ended a copy; tidying needs no room at a server.
+                if priority != crate::repair::PRIORITY_TIDY && !self.any_takes_copies() {
+                    if idle_looks == STEP_IDLE_LOOKS {
+                        break;
+                    }
+                    idle_looks += 1;
+                }
                 self.plan(VolumeId(keys::number(key, 10)), keys::number(key, 18));
+                budget -= 1;
             }
-            budget -= due.len();
         }
+    }
+
+    /// True when a server may be ordered to make another copy.
+    fn any_takes_copies(&self) -> bool {
+        let limit = self.config("mds.wd.rebuilds_per_cs") as u32;
+        let takes = |server: &Server| server.standing() == Standing::Good && server.rebuilding < limit;
+        self.servers.values().any(takes)
     }
 
     /// A drained server without copies has left.

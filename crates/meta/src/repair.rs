@@ -33,6 +33,9 @@ const RETRY_WAIT_NS: u64 = 10 * SECOND_NS;
 /// When to look again at a chunk for which there is no server, or whose copying failed.
 const RETRY_NO_TARGET_NS: u64 = 30 * SECOND_NS;
 
+/// Chunks of the queue looked at for the next one of a server.
+const NEXT_LOOKS: usize = 64;
+
 /// The replicas of a chunk by how their servers stand.
 #[derive(Default)]
 struct Census {
@@ -402,6 +405,27 @@ impl<K: Kv> Meta<K> {
         }
         self.set_chunk(volume, index, Some(&old), Some(&mut new), true);
         self.push_map_changed(volume, &inode, None);
+        self.next_for(cs);
+    }
+
+    /// A server has ended a copy: the next of those that only it can freshen has its turn, without waiting for the time
+    /// to look at it again. A server that was away may have thousands, most of them done in no time.
+    fn next_for(&mut self, cs: CsId) {
+        let mut looks = NEXT_LOOKS;
+        for priority in PRIORITY_BLOCKED..=PRIORITY_MOVE {
+            let from = keys::queue(priority, 0, VolumeId(0), 0);
+            let to = keys::queue(priority + 1, 0, VolumeId(0), 0);
+            let line = self.kv.scan(&from, &to, looks);
+            looks -= line.len();
+            for (key, _) in line {
+                let (volume, index) = (VolumeId(keys::number(&key, 10)), keys::number(&key, 18));
+                let chunk = self.chunk(volume, index).expect("the queue names chunks that exist");
+                let waits = chunk.stale.iter().any(|stale| stale.cs == cs && !stale.deleting);
+                if waits && chunk.replicas.iter().all(|replica| replica.role == ReplicaRole::Current) {
+                    return self.plan(volume, index);
+                }
+            }
+        }
     }
 
     pub(crate) fn raise_done(&mut self, cs: CsId, done: &OrderDone, order: Order) {

@@ -6,7 +6,7 @@ use cairn_client::{LocalClient, LocalVolume};
 use cairn_env::block::{BlockDevice, BlockError, BlockOp};
 use cairn_env::{Buf, BufMut};
 use cairn_stdx::Rng;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -99,11 +99,17 @@ struct Run {
     done: u64,
     in_flight: u32,
     error: Option<BlockError>,
+    over: Rc<Cell<bool>>,
     finished: Rc<Notify>,
 }
 
 /// Drives `volume` with `shape`: each completion starts the next operation, no task hop between.
 pub async fn drive(volume: &LocalVolume, shape: &Shape, span: u64) -> Result<Figures> {
+    drive_until(volume, shape, span, &Rc::default()).await
+}
+
+/// The same until it is `over`, if that comes before the end of the shape's duration.
+pub async fn drive_until(volume: &LocalVolume, shape: &Shape, span: u64, over: &Rc<Cell<bool>>) -> Result<Figures> {
     let mut data = BufMut::zeroed(shape.block_size);
     Rng::new(3).fill(&mut data);
     let finished = Rc::new(Notify::new());
@@ -118,6 +124,7 @@ pub async fn drive(volume: &LocalVolume, shape: &Shape, span: u64) -> Result<Fig
         done: 0,
         in_flight: 0,
         error: None,
+        over: over.clone(),
         finished: finished.clone(),
     }));
     for _ in 0..shape.depth {
@@ -134,7 +141,7 @@ pub async fn drive(volume: &LocalVolume, shape: &Shape, span: u64) -> Result<Fig
 fn start_one(run: &Rc<RefCell<Run>>) {
     let (volume, op, flush) = {
         let mut state = run.borrow_mut();
-        if state.begun.elapsed() >= state.shape.duration || state.error.is_some() {
+        if state.begun.elapsed() >= state.shape.duration || state.over.get() || state.error.is_some() {
             if state.in_flight == 0 {
                 state.finished.notify_one();
             }

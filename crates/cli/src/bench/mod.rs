@@ -8,6 +8,7 @@
 pub mod baseline;
 pub mod cpu;
 pub mod load;
+mod recovery;
 pub mod report;
 mod suite;
 
@@ -25,6 +26,9 @@ use std::time::Duration;
 
 /// Roles whose CPU counts as that of the servers.
 pub const SERVER_ROLES: [&str; 2] = ["mds", "cs"];
+
+/// Part of a volume that is used.
+const SIZE_DEFAULT: u64 = 1 << 30;
 
 /// Options of `cairn bench`.
 #[derive(Args, Debug)]
@@ -47,16 +51,18 @@ pub struct BenchArgs {
     /// Jobs; each drives its own part of the volume from the same client.
     #[arg(long, default_value_t = 1)]
     jobs: u32,
-    /// Part of the volume to use.
-    #[arg(long, default_value = "1G", value_parser = crate::size)]
-    size: u64,
-    /// Seconds to run.
-    #[arg(long, default_value_t = 5)]
-    runtime: u64,
+    /// Part of the volume to use, 1G unless given; with `--suite recovery` what the lost chunk server held, 2G unless
+    /// given.
+    #[arg(long, value_parser = crate::size)]
+    size: Option<u64>,
+    /// Seconds to run, 5 unless given; with `--suite recovery` how long a chunk server is away, 60 unless given.
+    #[arg(long)]
+    runtime: Option<u64>,
     /// A flush after every so many writes.
     #[arg(long, default_value_t = 0)]
     fsync: u32,
-    /// Runs all lines of a suite instead (`core`), in a quickstart cluster of its own unless CAIRN_CLUSTER is set.
+    /// Runs all lines of a suite instead: `core`, in a quickstart cluster of its own unless CAIRN_CLUSTER is set, or
+    /// `recovery`, always in one of its own.
     #[arg(long)]
     suite: Option<String>,
     /// Where the raw baseline makes its file; should be the disk of the stores.
@@ -98,7 +104,7 @@ impl BenchArgs {
             random,
             block_size: self.bs as usize,
             depth: self.iodepth * self.jobs,
-            duration: Duration::from_secs(self.runtime.max(1)),
+            duration: Duration::from_secs(self.runtime.unwrap_or(5).max(1)),
             fsync_every: self.fsync,
         })
     }
@@ -113,21 +119,23 @@ fn raw_dir(args: &BenchArgs) -> PathBuf {
 /// Runs the benchmark.
 pub fn run(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
     if let Some(name) = &args.suite {
-        if name != "core" {
-            return Err(usage(format!("--suite {name}: the only suite is `core`")));
-        }
-        return suite::run(cluster, args);
+        return match name.as_str() {
+            "core" => suite::run(cluster, args),
+            "recovery" => recovery::run(cluster, args),
+            _ => Err(usage(format!("--suite {name}: use core or recovery"))),
+        };
     }
     let shape = args.shape()?;
+    let size = args.size.unwrap_or(SIZE_DEFAULT);
     let loopback = baseline::loopback_round_trip(Duration::from_secs(1))?;
-    let raw = RawFile::create(&raw_dir(args), args.size.clamp(64 << 20, 1 << 30))?.run(&shape)?;
+    let raw = RawFile::create(&raw_dir(args), size.clamp(64 << 20, 1 << 30))?.run(&shape)?;
     let cairn = cluster.block_on(async |client| {
         let made = args.volume.is_none();
         let name = args.volume.clone().unwrap_or_else(|| format!("bench-{}", std::process::id()));
         if made {
-            suite::create_volume(&client, &name, args.size).await?;
+            suite::create_volume(&client, &name, size).await?;
         }
-        let figures = run_volume(&client, &name, &shape, args.size).await;
+        let figures = run_volume(&client, &name, &shape, size).await;
         let deleted = if made { suite::delete_volume(&client, &name).await } else { Ok(()) };
         // What went wrong first is told first.
         figures.and_then(|figures| deleted.map(|()| figures))

@@ -36,7 +36,7 @@ pub async fn delete_volume(client: &LocalClient, name: &str) -> Result<()> {
 /// Runs the suite, in a quickstart cluster of its own when no cluster is named.
 pub fn run(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
     if std::env::var_os("CAIRN_CLUSTER").is_none() {
-        return run_in_quickstart(cluster, args);
+        return run_in_quickstart(cluster, args, &[], &["bench", "--suite", "core"]);
     }
     let mut lines = Vec::new();
     wait_until_settled();
@@ -50,15 +50,16 @@ pub fn run(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
     print_lines(cluster, &lines)
 }
 
-fn run_in_quickstart(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
+/// Runs `cairn` with these words in a quickstart cluster of its own, started with `options` and removed afterwards.
+pub fn run_in_quickstart(cluster: &Cluster, args: &BenchArgs, options: &[&str], words: &[&str]) -> Result<()> {
     let exe = std::env::current_exe()?;
     let dir = raw_dir(args).join(format!("cairn-bench-{}", std::process::id()));
     let mut command = std::process::Command::new(&exe);
-    command.arg("quickstart").arg("--dir").arg(&dir).arg("--").arg(&exe);
+    command.arg("quickstart").args(options).arg("--dir").arg(&dir).arg("--").arg(&exe);
     if cluster.json() {
         command.args(["-o", "json"]);
     }
-    let status = command.args(["bench", "--suite", "core"]).status().context("start a quickstart cluster")?;
+    let status = command.args(words).status().context("start a quickstart cluster")?;
     std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
     if !status.success() {
         bail!("the suite ended with {status}");
@@ -67,7 +68,7 @@ fn run_in_quickstart(cluster: &Cluster, args: &BenchArgs) -> Result<()> {
 }
 
 /// Waits until the chunk servers write nothing more by themselves: a young store file is filled with zeros once.
-fn wait_until_settled() {
+pub fn wait_until_settled() {
     const PATIENCE: Duration = Duration::from_secs(120);
     const REST: Duration = Duration::from_secs(2);
     let servers = cpu::servers(&["cs"]);
@@ -215,7 +216,7 @@ async fn volume_creates(client: &LocalClient) -> Result<Figures> {
 }
 
 /// Polls all futures until each has ended.
-async fn join_all<F: std::future::Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+pub async fn join_all<F: std::future::Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
     let mut pending: Vec<_> = futures.into_iter().map(|future| (Box::pin(future), None)).collect();
     std::future::poll_fn(|cx| {
         for (future, output) in pending.iter_mut().filter(|(_, output)| output.is_none()) {

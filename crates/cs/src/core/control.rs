@@ -81,10 +81,6 @@ pub(super) enum Done {
     },
     /// One of several steps; the last one carries on.
     Step,
-    /// The old copy is gone: the rebuild begins with nothing.
-    Emptied {
-        order: Box<RebuildOrder>,
-    },
     Rebuild {
         chunk: ChunkId,
         copy: Box<Copy>,
@@ -250,7 +246,8 @@ impl CsCore {
         let none =
             |base| Copy { base, joined, suspects: Vec::new(), fresh: super::rebuild::no_blocks(order.block_count) };
         let tag_of = |copy: &Copy| {
-            let state = CopyState::Rebuilding { base: copy.base, joined, suspects: copy.suspects.clone() };
+            let suspects = widen_runs(copy.suspects.clone(), TAG_SUSPECTS_MAX);
+            let state = CopyState::Rebuilding { base: copy.base, joined, suspects };
             ChunkTag { state, replicas: replicas.clone() }.encode()
         };
         let create = |copy: &Copy| StoreRequest::CreateChunk {
@@ -316,10 +313,6 @@ impl CsCore {
             suspects.extend(&tail);
         }
         let suspects = merge_runs(suspects);
-        if suspects.len() > TAG_SUSPECTS_MAX {
-            let order = Box::new(order);
-            return self.submit_control(now, id, Done::Emptied { order }, StoreRequest::DeleteChunk { chunk });
-        }
         let copy = Copy { suspects, ..none(base) };
         self.submit_control(now, id, Done::Step, StoreRequest::SetTag { chunk, tag: tag_of(&copy) });
         self.submit_control(now, id, Done::Step, StoreRequest::ForgetTail { chunk });
@@ -348,13 +341,6 @@ impl CsCore {
         });
         match done {
             Done::Step => {}
-            Done::Emptied { order } => match result {
-                Ok(()) => {
-                    self.copies.remove(&order.entry.chunk);
-                    self.begin_rebuild(now, id, *order, out);
-                }
-                Err(error) => self.rebuild_failed(order.entry.chunk, error.to_string(), out),
-            },
             Done::Fence { epoch, caller } => match result {
                 Ok(()) => {
                     self.on_fenced(id, epoch);
@@ -441,8 +427,33 @@ fn merge_runs(mut runs: Vec<(u32, u32)>) -> Vec<(u32, u32)> {
     merged
 }
 
+/// At most `count_max` runs that hold all of these: the smallest gaps are closed. The runs are in order and apart.
+fn widen_runs(runs: Vec<(u32, u32)>, count_max: usize) -> Vec<(u32, u32)> {
+    if runs.len() <= count_max {
+        return runs;
+    }
+    let mut gaps: Vec<(u32, usize)> =
+        runs.windows(2).enumerate().map(|(at, pair)| (pair[1].0 - pair[0].0 - pair[0].1, at)).collect();
+    gaps.sort_unstable_by(|a, b| b.cmp(a));
+    gaps.truncate(count_max - 1);
+    let mut kept: Vec<usize> = gaps.into_iter().map(|(_, at)| at).collect();
+    kept.sort_unstable();
+    let ends = kept.iter().map(|at| runs[*at]).chain(runs.last().copied());
+    let starts = runs.first().copied().into_iter().chain(kept.iter().map(|at| runs[at + 1]));
+    starts.zip(ends).map(|(start, end)| (start.0, end.0 + end.1 - start.0)).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn many_runs_become_few_that_hold_them() {
+        let runs = vec![(0, 2), (3, 1), (10, 5), (16, 1), (100, 1), (103, 2)];
+        assert_eq!(super::widen_runs(runs.clone(), 6), runs);
+        assert_eq!(super::widen_runs(runs.clone(), 3), [(0, 4), (10, 7), (100, 5)]);
+        assert_eq!(super::widen_runs(runs.clone(), 2), [(0, 17), (100, 5)]);
+        assert_eq!(super::widen_runs(runs, 1), [(0, 105)]);
+    }
+
     #[test]
     fn runs_that_touch_become_one() {
         let merged = super::merge_runs(vec![(9, 1), (0, 2), (2, 3), (4, 4), (20, 1)]);

@@ -10,9 +10,14 @@ use cairn_env::Buf;
 use cairn_stdx::checksum::crc64;
 use cairn_stdx::planted;
 use cairn_store::{StoreError, StoreReply, StoreRequest};
-use cairn_types::{BLOCK_SIZE, ChunkId, ChunkVersion, Epoch, NodeId, Sequence, VolumeId};
+use cairn_types::{BLOCK_SIZE, ChunkId, ChunkVersion, Duration, Epoch, NodeId, Sequence, VolumeId};
 use cairn_wire::data::{DataOp, DataReply, DataRequest, DataStatus, FLAG_DURABLE, FLAG_REPAIR, FLAG_ZERO};
 use cairn_wire::{Effects, FrameKind, NetEffect, Now};
+
+/// Clients that asked for nothing for this long are not at work: rebuilds need not step back.
+const CLIENTS_GONE: Duration = Duration::from_millis(20);
+/// What a piece of a rebuild counts at least, in blocks.
+const WEIGHT_MIN: u32 = 8;
 
 /// An admitted data request.
 #[derive(Debug)]
@@ -45,6 +50,8 @@ pub(super) struct ReadInFlight {
     chunk: ChunkId,
     first_block: u32,
     block_count: u32,
+    /// Asked by a server that rebuilds a copy.
+    repair: bool,
 }
 
 impl CsCore {
@@ -57,6 +64,7 @@ impl CsCore {
         if request.flags & FLAG_REPAIR != 0 {
             return self.repair_read(now, call, out);
         }
+        self.client_seen = Some(now.mono);
         let Some(volume) = self.volume(now, request.volume) else {
             return self.refuse(call.caller, DataStatus::NotFenced, 0, out);
         };
@@ -121,12 +129,12 @@ impl CsCore {
             return self.refuse_in(call.caller, request.volume, status, detail, out);
         }
         self.client_depth += 1;
-        self.submit_read(now, &call);
+        self.submit_read(now, &call, false);
     }
 
-    pub(super) fn submit_read(&mut self, now: Now, call: &DataCall) {
+    fn submit_read(&mut self, now: Now, call: &DataCall, repair: bool) {
         let DataRequest { volume, chunk, first_block, block_count, .. } = call.request;
-        let read = ReadInFlight { caller: call.caller, volume, chunk, first_block, block_count };
+        let read = ReadInFlight { caller: call.caller, volume, chunk, first_block, block_count, repair };
         self.submit(now, Pending::Read(read), StoreRequest::Read { chunk, first_block, block_count });
     }
 
@@ -138,14 +146,24 @@ impl CsCore {
         if request.op != DataOp::Read || !from_server {
             return self.refuse(call.caller, DataStatus::BadRequest, 0, out);
         }
+        if self.repairs_out > 0 && self.repairs_out >= self.repair_window(now) {
+            // Clients come first. What is under way takes the next along.
+            return self.repairs_waiting.push_back(call);
+        }
         let stale_allowed = planted!("cs_source_may_be_stale");
         match self.judge_chunk(request) {
             Err((DataStatus::VersionMismatch, _)) if stale_allowed => {}
             Err((status, detail)) => return self.refuse(call.caller, status, detail, out),
             Ok(()) => {}
         }
-        self.client_depth += 1;
-        self.submit_read(now, &call);
+        self.repairs_out += weight(request.block_count);
+        self.submit_read(now, &call, true);
+    }
+
+    /// Blocks of repair reads, or of a rebuild's reads and writes, that may be under way here now.
+    pub(super) fn repair_window(&self, now: Now) -> u32 {
+        let at_work = self.client_seen.is_some_and(|seen| now.mono < seen + CLIENTS_GONE);
+        if self.client_depth > 0 || at_work { super::rebuild::WINDOW_BUSY } else { super::rebuild::WINDOW_IDLE }
     }
 
     /// A write or unmap whose turn has come.
@@ -370,9 +388,26 @@ impl CsCore {
         }
     }
 
-    pub(super) fn on_read(&mut self, read: ReadInFlight, result: Result<StoreReply, StoreError>, out: &mut Effects) {
-        self.client_depth -= 1;
-        let ReadInFlight { caller, volume, chunk, first_block, block_count } = read;
+    pub(super) fn on_read(
+        &mut self,
+        now: Now,
+        read: ReadInFlight,
+        result: Result<StoreReply, StoreError>,
+        out: &mut Effects,
+    ) {
+        match read.repair {
+            true => self.repairs_out -= weight(read.block_count),
+            false => self.client_depth -= 1,
+        }
+        self.answer_read(read, result, out);
+        while self.repairs_out == 0 || self.repairs_out < self.repair_window(now) {
+            let Some(call) = self.repairs_waiting.pop_front() else { return };
+            self.data_call(now, call, out);
+        }
+    }
+
+    fn answer_read(&mut self, read: ReadInFlight, result: Result<StoreReply, StoreError>, out: &mut Effects) {
+        let ReadInFlight { caller, volume, chunk, first_block, block_count, .. } = read;
         match result {
             Ok(StoreReply::Data(data)) => {
                 self.counters.reads += 1;
@@ -443,6 +478,11 @@ impl CsCore {
         reply.encode(&mut prefix);
         out.net.push(NetEffect::Send { link: caller.link, kind: FrameKind::DataReply, id: caller.id, prefix, payload });
     }
+}
+
+/// What a piece of a rebuild counts against a window: small ones cost more than their blocks.
+pub(super) fn weight(block_count: u32) -> u32 {
+    block_count.max(WEIGHT_MIN)
 }
 
 /// Rule 1: lower epochs are refused, reads and writes alike; unknown higher ones have to be fenced first.

@@ -11,9 +11,10 @@
 //! current.
 
 use super::control::{Audience, Control};
+use super::data::weight;
 use super::peers::Tail;
 use super::volume::Waiting;
-use super::{BUSY_DEPTH, CsCore, Pending};
+use super::{CsCore, Pending};
 use crate::tag::{ChunkTag, CopyState};
 use cairn_env::Buf;
 use cairn_stdx::checksum::crc64;
@@ -27,18 +28,21 @@ use cairn_wire::{Effects, Now};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 
-/// Rebuilds that run at a time.
-pub const REBUILDS_MAX: usize = 8;
+/// Rebuilds that run at a time. Most of the time of a small one is waiting: for the metadata servers, for a flush.
+pub const REBUILDS_MAX: usize = 32;
 /// Rebuilds that wait for their turn; the metadata servers repeat what does not fit.
 pub const REBUILDS_WAITING_MAX: usize = 1024;
 /// Reads under way for one rebuild.
 const READS_MAX: u32 = 4;
 /// Damaged blocks of one source that are left for the next; beyond it the source is left as a whole.
 const LEFT_MAX: u32 = 256;
-/// Blocks of one read: 512 KiB. With the two maxima above at most 16 MiB are on their way.
+/// Blocks of one read: 512 KiB.
 const READ_BLOCKS: u32 = 128;
-/// While clients keep this server busy, all rebuilds together begin one read in this time: slow, never stopped.
-const BUSY_PAUSE: Duration = Duration::from_millis(5);
+/// Blocks of all rebuilds on their way, to be read or to be written: 16 MiB; and while clients are at work here.
+/// What a client asks for waits behind no more than this; the more it has to do, the longer a block takes, and the
+/// slower rebuilds become by themselves.
+pub(super) const WINDOW_IDLE: u32 = 4096;
+pub(super) const WINDOW_BUSY: u32 = 256;
 /// A source that is not at the version yet is asked again after this time.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 /// A source that gave nothing for this long is given up.
@@ -96,7 +100,11 @@ struct Job {
     /// Fetched after what changed, which says of the same blocks which write they come from.
     suspects: Vec<(u32, u32)>,
     reads: u32,
+    /// Their blocks.
+    asked: u32,
     writes: u32,
+    /// It would read if there were room in the window.
+    starved: bool,
     /// A client write failed after its blocks were taken for fresh: list once more before the end.
     recheck: bool,
     retry_at: Option<Instant>,
@@ -110,8 +118,10 @@ pub(super) struct Rebuilds {
     jobs: BTreeMap<ChunkId, Job>,
     waiting: VecDeque<RebuildOrder>,
     attempts: u64,
-    /// No read begins before this.
-    gate: Option<Instant>,
+    /// Copied blocks that the store is writing.
+    storing: u32,
+    /// Something ended: jobs that wait for room in the window may go on.
+    moved: bool,
     tidy_at: Option<Instant>,
 }
 
@@ -121,7 +131,7 @@ impl Rebuilds {
             return self.tidy_at;
         }
         let jobs = self.jobs.values().flat_map(|job| [job.retry_at, Some(job.progress + SOURCE_PATIENCE)]);
-        jobs.flatten().chain(self.gate).chain(self.tidy_at).min()
+        jobs.flatten().chain(self.tidy_at).min()
     }
 
     /// See [`Job::recheck`].
@@ -129,6 +139,11 @@ impl Rebuilds {
         if let Some(job) = self.jobs.get_mut(&chunk) {
             job.recheck = true;
         }
+    }
+
+    /// Blocks on their way.
+    fn under_way(&self) -> u32 {
+        self.storing + self.jobs.values().map(|job| job.asked).sum::<u32>()
     }
 
     fn job(&mut self, chunk: ChunkId, attempt: u64) -> Option<&mut Job> {
@@ -189,7 +204,7 @@ impl CsCore {
                 return;
             }
             // The server was taken out and joined anew: what it took before counts for nothing.
-            self.rebuilds.jobs.remove(&chunk);
+            self.drop_rebuild(chunk);
         }
         if let Some(waiting) = self.rebuilds.waiting.iter_mut().find(|waiting| waiting.entry.chunk == chunk) {
             if (order.joined, order.entry.version) >= (waiting.joined, waiting.entry.version) {
@@ -218,7 +233,9 @@ impl CsCore {
                 work: VecDeque::new(),
                 suspects: Vec::new(),
                 reads: 0,
+                asked: 0,
                 writes: 0,
+                starved: false,
                 recheck: false,
                 retry_at: None,
                 progress: now.mono,
@@ -231,12 +248,14 @@ impl CsCore {
 
     /// Ends a rebuild without a word: it is not needed or not possible any more.
     pub(super) fn drop_rebuild(&mut self, chunk: ChunkId) {
+        self.rebuilds.moved = true;
         self.rebuilds.jobs.remove(&chunk);
     }
 
     /// Ends a rebuild and tells why; the metadata servers order it again if they still want it.
     pub(super) fn rebuild_failed(&mut self, chunk: ChunkId, error: String, out: &mut Effects) {
         let Some(job) = self.rebuilds.jobs.remove(&chunk) else { return };
+        self.rebuilds.moved = true;
         out.log.push(format!("rebuilding {chunk} failed: {error}"));
         let version = job.order.entry.version;
         self.mds.order_done(OrderDone { chunk, version, kind: OrderKind::Rebuild, error: Some(error) });
@@ -270,15 +289,16 @@ impl CsCore {
             self.rebuilds.tidy_at = None;
             self.tidy_peers(now, out);
         }
-        if self.rebuilds.gate.is_some_and(|gate| now.mono >= gate) {
-            self.rebuilds.gate = None;
-        }
         // Rebuilds end in many places; whatever waits has its turn here at the latest.
         self.start_rebuilds(now, out);
         if self.rebuilds.jobs.is_empty() {
             return;
         }
         self.rebuilds.tidy_at.get_or_insert(now.mono + Duration::from_secs(60));
+        let due = self.rebuilds.wake_at().is_some_and(|at| now.mono >= at);
+        if !std::mem::take(&mut self.rebuilds.moved) && !due {
+            return;
+        }
         let ids: Vec<ChunkId> = self.rebuilds.jobs.keys().copied().collect();
         for chunk in ids {
             let Some(job) = self.rebuilds.jobs.get_mut(&chunk) else { continue };
@@ -286,7 +306,7 @@ impl CsCore {
                 job.progress = now.mono;
                 continue;
             }
-            if job.writes > 0 {
+            if job.writes > 0 || job.starved {
                 job.progress = now.mono;
             }
             if now.mono >= job.progress + SOURCE_PATIENCE {
@@ -431,8 +451,8 @@ impl CsCore {
     /// The next blocks to read, if another read may begin now. Holes on the way are unmapped.
     fn next_read(&mut self, now: Now, chunk: ChunkId) -> Option<(u32, u32, Tail)> {
         loop {
-            let busy = self.client_depth > BUSY_DEPTH;
-            let gated = self.rebuilds.gate.is_some_and(|gate| now.mono < gate);
+            let under_way = self.rebuilds.under_way();
+            let full = under_way > 0 && under_way >= self.repair_window(now);
             let job = self.rebuilds.jobs.get_mut(&chunk)?;
             if job.phase != Phase::Copying || job.reads >= READS_MAX || job.writes >= 2 * READS_MAX {
                 return None;
@@ -446,7 +466,8 @@ impl CsCore {
                 job.work.pop_front();
                 continue;
             };
-            if range.mapped && gated {
+            job.starved = range.mapped && full;
+            if job.starved {
                 return None;
             }
             let done = first + count - range.first_block;
@@ -466,7 +487,7 @@ impl CsCore {
                 continue;
             }
             job.reads += 1;
-            self.rebuilds.gate = busy.then(|| now.mono + BUSY_PAUSE);
+            job.asked += weight(count);
             return Some((first, count, range.tail));
         }
     }
@@ -524,8 +545,10 @@ impl CsCore {
         payload: Buf,
         out: &mut Effects,
     ) {
+        self.rebuilds.moved = true;
         let Some(job) = self.rebuilds.job(chunk, attempt) else { return };
         job.reads -= 1;
+        job.asked -= weight(blocks.1);
         if job.phase != Phase::Copying {
             return;
         }
@@ -640,6 +663,7 @@ impl CsCore {
                 }
             };
             parts += 1;
+            self.rebuilds.storing += weight(count);
             let blocks = (first, count);
             self.submit(
                 now,
@@ -655,6 +679,7 @@ impl CsCore {
     }
 
     fn repair_settled(&mut self, now: Now, chunk: ChunkId, attempt: u64) {
+        self.rebuilds.moved = true;
         if let Some(job) = self.rebuilds.job(chunk, attempt) {
             job.writes -= 1;
             job.progress = now.mono;
@@ -672,6 +697,8 @@ impl CsCore {
         result: Result<StoreReply, StoreError>,
         out: &mut Effects,
     ) {
+        self.rebuilds.storing -= weight(blocks.1);
+        self.rebuilds.moved = true;
         let volume = self.volumes.get_mut(&id).expect("a volume with writes is kept");
         volume.writes -= 1;
         let idle = volume.writes == 0 && !volume.waiting.is_empty();
@@ -744,6 +771,7 @@ impl CsCore {
 
     fn rebuild_told(&mut self, now: Now, chunk: ChunkId, out: &mut Effects) {
         let Some(job) = self.rebuilds.jobs.remove(&chunk) else { return };
+        self.rebuilds.moved = true;
         let version = job.order.entry.version;
         out.log.push(format!("{chunk} is rebuilt at {version}"));
         self.mds.order_done(OrderDone { chunk, version, kind: OrderKind::Rebuild, error: None });
@@ -792,8 +820,10 @@ impl CsCore {
         job.source += 1;
         job.left = 0;
         job.reads = 0;
+        job.asked = 0;
         job.writes = 0;
         job.retry_at = None;
+        job.starved = false;
         job.progress = now.mono;
         self.relist(chunk);
         self.advance(now, chunk, out);

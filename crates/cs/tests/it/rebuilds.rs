@@ -105,7 +105,7 @@ fn unsettled_writes_only_the_returning_copy_has_do_not_survive() {
 }
 
 #[test]
-fn many_suspects_make_the_copy_begin_from_nothing() {
+fn many_suspects_are_fetched_and_nothing_besides() {
     let mut world = World::new(4, 2);
     let source = source(&mut world, 2);
     world.order(1, rebuild(1, 2, 2, &[0]));
@@ -117,10 +117,40 @@ fn many_suspects_make_the_copy_begin_from_nothing() {
         assert_eq!(world.status(target, &request, data), DataStatus::Ok);
     }
     raise(&mut world, source, 1, 3);
+    let before = world.core(0).stats().read_bytes;
     world.order(1, rebuild(1, 3, 3, &[0]));
     world.pass(Duration::from_secs(2));
     assert!(world.nodes[1].orders.is_empty(), "{:?} {:?}", world.nodes[1].done, world.nodes[1].log);
+    let read = world.core(0).stats().read_bytes - before;
+    assert!(read <= (50 + 60) * 4096, "what is in doubt and the unsettled tail of the source: {read}");
     same(&mut world, 3);
+}
+
+#[test]
+fn a_crash_amid_a_rebuild_with_many_suspects_leaves_none_behind() {
+    for after in [0, 20, 100, 500] {
+        let mut world = World::new(6, 2);
+        let source = source(&mut world, 2);
+        world.order(1, rebuild(1, 2, 2, &[0]));
+        world.pass(Duration::from_secs(2));
+        let target = world.client(1, 1, 1);
+        world.fence(target, 5).unwrap();
+        for sequence in 200..250u64 {
+            let (mut request, data) = write(2, 5, sequence, (sequence as u32 - 200) * 2, 1, 666);
+            request.flags = cairn_wire::data::FLAG_DURABLE;
+            assert_eq!(world.status(target, &request, data), DataStatus::Ok, "writes the others never got");
+        }
+        raise(&mut world, source, 1, 3);
+        world.nodes[0].hold_disk = true;
+        world.order(1, rebuild(1, 3, 3, &[0]));
+        world.pass(Duration::from_millis(after));
+        world.kill(1);
+        world.nodes[0].hold_disk = false;
+        world.start(1);
+        world.pass(Duration::from_secs(12));
+        assert!(world.nodes[1].orders.is_empty(), "{:?} {:?}", world.nodes[1].done, world.nodes[1].log);
+        same(&mut world, 3);
+    }
 }
 
 #[test]

@@ -449,6 +449,30 @@ fn a_returning_server_is_freshened_rather_than_another_filled() {
 }
 
 #[test]
+fn a_returned_server_is_freshened_without_a_pause_between_its_copies() {
+    const CHUNKS: u64 = 200;
+    let mut cluster = filled(3, CHUNKS);
+    let cs = *cluster.servers.keys().nth(1).unwrap();
+    cluster.silence(cs, CsState::Inactive);
+    for index in 0..CHUNKS {
+        cluster.write(index);
+    }
+    assert_eq!(cluster.world.meta.chunk_counts().urgent, CHUNKS);
+    cluster.servers.get_mut(&cs).unwrap().up = true;
+    cluster.run(2);
+    let counts = cluster.world.meta.chunk_counts();
+    assert!(counts.replicating > 0 && counts.replicating < CHUNKS / 2, "not all at once: {counts:?}");
+    // No time passes: each copy that is done makes room for the next.
+    let all: Vec<CsId> = cluster.servers.keys().copied().collect();
+    for _ in 0..40 {
+        all.iter().for_each(|cs| cluster.heartbeat(*cs));
+    }
+    assert_eq!(cluster.world.meta.chunk_counts().healthy, CHUNKS);
+    cluster.check_truth("freshened");
+    cluster.world.meta.check();
+}
+
+#[test]
 fn too_many_offline_hosts_stop_copying_and_say_so() {
     let mut cluster = filled(7, 40);
     let all: Vec<CsId> = cluster.servers.keys().copied().collect();
