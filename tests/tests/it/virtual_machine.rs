@@ -30,7 +30,7 @@ fn linux_puts_a_file_system_on_an_export_and_finds_it_after_kills() {
     let attach = |port: u16| format!("set -e; modprobe nbd; nbd-client 10.0.2.2 {port} /dev/nbd0 -N demo -C 2 >&2; ");
     let first = attach(cluster.nbd_port())
         + "mkfs.ext4 -q /dev/nbd0; mkdir -p /m; mount /dev/nbd0 /m; \
-           cp -a /usr/lib/python3* /m/one; sync; touch /share/half; \
+           mkdir /m/one; cp -a /usr/lib/python3* /m/one/; sync; touch /share/half; \
            while [ ! -e /share/killed ]; do cp -a /usr/bin /m/two; rm -rf /m/two; done; \
            cp -a /usr/bin /m/two; (cd /m; find . -type f -exec md5sum {} + | sort > /share/sums); \
            umount /m; nbd-client -d /dev/nbd0 >&2; wc -l < /share/sums";
