@@ -41,10 +41,12 @@ fn main() {
     let begun = std::time::Instant::now();
     let mut found: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let (mut virtual_ns, mut steps) = (0u64, 0u64);
+    let mut not_judged = Vec::new();
     for seed in (first..).step_by(apart as usize).take(count as usize) {
         let outcome = run(seed, &options);
         virtual_ns += outcome.virtual_ns;
         steps += outcome.steps;
+        not_judged.extend(outcome.names_not_judged.then_some(seed));
         if let Some(broken) = &outcome.broken {
             let key: String = broken.detail.lines().next().unwrap_or_default().chars().take(100).collect();
             found.entry(format!("{:?} {key}", broken.invariant)).or_default().push(seed);
@@ -57,6 +59,7 @@ fn main() {
     for (what, seeds) in &found {
         println!("{:5} x {what}: {seeds:?}", seeds.len());
     }
+    println!("shared names not judged in {} seeds: {not_judged:?}", not_judged.len());
     let broken: usize = found.values().map(Vec::len).sum();
     println!(
         "{count} seeds, {broken} broken; {:.1} seeds/s, {:.0} virtual seconds a second, {:.0} events/s",

@@ -33,6 +33,8 @@ pub struct Outcome {
     pub work: (u64, u64),
     /// Files were worked on: `work` counts operations and bytes.
     pub fsx: bool,
+    /// What clients were told of names they share was not judged: too many calls were never answered.
+    pub names_not_judged: bool,
     /// What the seed drew.
     pub plan: String,
     /// The first broken invariant.
@@ -58,7 +60,8 @@ impl fmt::Display for Outcome {
             if fsx {
                 return write!(f, "{writes} operations on files, {reads} bytes compared; {}", self.plan);
             }
-            return write!(f, "{writes} writes acknowledged, {reads} blocks read; {}", self.plan);
+            let names = if self.names_not_judged { "shared names NOT JUDGED; " } else { "" };
+            return write!(f, "{writes} writes acknowledged, {reads} blocks read; {names}{}", self.plan);
         };
         for line in &self.recent {
             writeln!(f, "  {line}")?;

@@ -3,7 +3,7 @@
 use super::load::{Kind, Pending};
 use super::plan::FaultKind;
 use super::{Answer, Scenario, TOKEN_NAMES, Verdict, broken};
-use crate::checkers::names::{CallId, NAMES, NameOp, NameResult};
+use crate::checkers::names::{CallId, Judgement, NAMES, NameOp, NameResult};
 use crate::checkers::shadow::Invariant;
 use crate::world::MS;
 use cairn_client::ClientCore;
@@ -99,7 +99,9 @@ impl Scenario {
         Ok(())
     }
 
-    pub(super) fn check_shared_names(&self) -> Verdict {
-        self.names.check().map_err(|why| broken(Invariant::Names, why))
+    pub(super) fn check_shared_names(&mut self) -> Verdict {
+        let judgement = self.names.check().map_err(|why| broken(Invariant::Names, why))?;
+        self.names_not_judged = judgement == Judgement::NotJudged;
+        Ok(())
     }
 }

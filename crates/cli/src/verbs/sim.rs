@@ -77,7 +77,7 @@ pub fn run(args: &SimArgs) -> Result<i32> {
 #[expect(clippy::disallowed_methods, reason = "the speed of the simulator is wall-clock time")]
 fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, options: &Options) -> i32 {
     let begun = Instant::now();
-    let (mut count, mut virtual_ns, mut broken) = (0u64, 0u64, 0);
+    let (mut count, mut virtual_ns, mut broken, mut not_judged) = (0u64, 0u64, 0, 0u64);
     for seed in seeds {
         if limit.is_some_and(|limit| begun.elapsed() >= limit) {
             break;
@@ -88,6 +88,7 @@ fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, option
         let outcome: Outcome = cairn_sim::run::run(seed, options);
         count += 1;
         virtual_ns += outcome.virtual_ns;
+        not_judged += u64::from(outcome.names_not_judged);
         if outcome.is_broken() {
             println!("{outcome}");
             broken += 1;
@@ -98,7 +99,7 @@ fn run_all(seeds: impl IntoIterator<Item = u64>, limit: Option<Duration>, option
     }
     let (real, simulated) = (begun.elapsed().as_secs_f64(), virtual_ns as f64 / 1e9);
     println!(
-        "{count} seeds, {broken} broken, {simulated:.0} cluster-seconds in {real:.1} s ({:.0} x)",
+        "{count} seeds, {broken} broken, {not_judged} with shared names not judged, {simulated:.0} cluster-seconds in {real:.1} s ({:.0} x)",
         simulated / real
     );
     i32::from(broken > 0)
