@@ -177,7 +177,9 @@ fn the_search_agrees_with_one_that_merges_nothing() {
         let mut rng = Rng::new(seed);
         let mut calls = random_history(&mut rng, 9, 3);
         // Lies about a call or two: the more are never answered, the more lies they explain.
-        (0..rng.below(3)).for_each(|_| drop(falsify(&mut rng, &mut calls)));
+        for _ in 0..rng.below(3) {
+            falsify(&mut rng, &mut calls);
+        }
         let fits = fits_plainly(&calls);
         assert_eq!(judge(&calls).is_ok(), fits, "seed {seed}: {calls:?}");
         verdicts[usize::from(fits)] += 1;
@@ -186,12 +188,21 @@ fn the_search_agrees_with_one_that_merges_nothing() {
 }
 
 #[test]
-fn many_calls_without_an_answer_are_judged() {
-    for seed in 0..40 {
+fn many_calls_without_an_answer_are_judged_mostly_and_never_refused() {
+    let mut judged = 0;
+    for seed in 0..10 {
         let mut rng = Rng::new(seed);
-        let calls = random_history(&mut rng, 200, 4);
-        assert_eq!(judge(&calls), Ok(Judgement::Fits), "seed {seed}");
+        let mut calls = random_history(&mut rng, 60, 12);
+        // Twenty more whose clients were killed before anybody heard of them.
+        for _ in 0..20 {
+            let (a, b) = (rng.below(NAMES as u64) as usize, rng.below(NAMES as u64) as usize);
+            let op = [Create(a), Unlink(a), Rename(a, b)][rng.below(3) as usize];
+            calls.push(lost(op, rng.below(600)));
+        }
+        let judgement = judge(&calls).expect("what happened is not refused");
+        judged += u32::from(judgement == Judgement::Fits);
     }
+    assert!(judged > 5, "{judged} of 10");
 }
 
 #[test]
