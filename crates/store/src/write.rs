@@ -458,12 +458,14 @@ impl Engine {
                 self.refuse_front(StoreError::NoSpace, out, &mut sums);
                 continue;
             }
-            match self.admit(
+            let admission = self.admit(
                 mutation.is_privileged(),
+                writer.count > 0,
                 1 + sums.blocks + data_slots,
                 sums.new_slots + new_slots,
                 sums.leaves + leaves,
-            ) {
+            );
+            match admission {
                 Admission::Yes => {}
                 Admission::Wait => {
                     self.checkpoint_requested = true;
@@ -539,7 +541,7 @@ impl Engine {
         let leaves = PAGES_PER_CHANGE + u64::from((first + count - 1) / LEAF_BLOCKS - first / LEAF_BLOCKS + 1);
         let new_slots = self.new_slots(mutation, first, count);
         let groups = u64::from(count / LARGE_BLOCKS) + 1;
-        let admission = self.admit(mutation.is_privileged(), groups + u64::from(count), new_slots, leaves);
+        let admission = self.admit(mutation.is_privileged(), false, groups + u64::from(count), new_slots, leaves);
         matches!(admission, Admission::Full)
     }
 
@@ -577,7 +579,11 @@ impl Engine {
     /// slots are free for a checkpoint of everything dirty: when they run short, writes wait for the checkpoint
     /// that brings back quarantined slots. Changes that free space may use a part of the reserve that writes may
     /// not.
-    fn admit(&self, privileged: bool, slots: u64, new_slots: u64, leaves: u64) -> Admission {
+    ///
+    /// `begun`: the group holds changes already. What they replace comes back with a checkpoint too, so a change that
+    /// finds too few free slots beside them waits for the next group: an overwrite must never be refused for what
+    /// other overwrites take for a while.
+    fn admit(&self, privileged: bool, begun: bool, slots: u64, new_slots: u64, leaves: u64) -> Admission {
         let trims_too = planted!("store_trim_needs_room") && self.state.occupied() + 8 > self.capacity();
         if trims_too {
             return Admission::Full;
@@ -597,7 +603,8 @@ impl Engine {
         if self.state.space.free() >= needed {
             return Admission::Yes;
         }
-        if self.state.space.quarantined() > 0 || self.checkpoint.is_some() || !self.groups.is_empty() {
+        let more_comes = self.state.space.quarantined() > 0 || self.checkpoint.is_some() || !self.groups.is_empty();
+        if more_comes || begun {
             return Admission::Wait;
         }
         Admission::Full

@@ -68,6 +68,37 @@ fn a_full_store_overwrites_unmaps_deletes_fences_and_fills_again() {
     assert!(report.is_healthy(), "{report}");
 }
 
+/// Overwrites take slots until a checkpoint gives back those they replace. A group of them must not use up what is
+/// free and have the next one refused.
+#[test]
+fn a_full_store_refuses_no_overwrite_behind_other_overwrites() {
+    let mut world = World::new(16 << 20, 4, options());
+    for chunk in 1..=12 {
+        world.create(chunk, VOLUME, 1024).unwrap();
+    }
+    let mut stamp = 0;
+    fill(&mut world, &mut stamp);
+    let mut expected = world.dump();
+    let mapped: Vec<(ChunkId, u32)> = expected.iter().filter(|(_, s)| **s > 0).map(|(k, _)| *k).collect();
+    // They were written in runs of this length.
+    let runs: Vec<(ChunkId, u32)> = mapped.into_iter().filter(|(_, block)| block % 16 == 0).collect();
+    for _ in 0..3 {
+        // Nothing is quarantined and nothing under way.
+        world.call(StoreRequest::Checkpoint).unwrap();
+        for (chunk, first) in &runs {
+            stamp += 1;
+            world.submit(write(chunk.0, *first, 16, stamp, false));
+            expected.extend((*first..first + 16).map(|block| ((*chunk, block), stamp)));
+        }
+        world.settle();
+        for (token, answer) in std::mem::take(&mut world.answers) {
+            assert!(answer.is_ok(), "{token}: {answer:?}");
+        }
+    }
+    assert_eq!(world.dump(), expected);
+    assert!(world.doctor(true).is_healthy());
+}
+
 #[test]
 fn a_full_store_stays_full_and_correct_through_crashes() {
     let mut world = World::new(16 << 20, 2, tight_options());
