@@ -122,7 +122,8 @@ impl Command {
     pub fn level(&self) -> Level {
         match self {
             Self::Call { call, .. } => match call.request {
-                MdsRequest::LevelRaise { level } => level,
+                // A stamp is one byte; what is beyond it is beyond every server.
+                MdsRequest::LevelRaise { level } => level.min(Level(u32::from(u8::MAX))),
                 ref request => request.level(),
             },
             _ => Level::FIRST,
