@@ -5,7 +5,7 @@ use crate::script;
 use cairn_env::Buf;
 use cairn_env_sim::SimDisk;
 use cairn_stdx::Rng;
-use cairn_types::{BLOCK_SIZE, ClientId, CsId, Duration, Instant, MdsId, NodeId};
+use cairn_types::{BLOCK_SIZE, ClientId, CsId, Duration, Instant, Level, MdsId, NodeId};
 use cairn_wire::data::DATA_HEADER_SIZE;
 use cairn_wire::{DiskIndex, Effects, Event, Frame, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
 use std::collections::{BTreeMap, VecDeque};
@@ -132,7 +132,7 @@ impl<P: Process> Driver<P> {
         }
         for link in opened {
             let mut out = Effects::default();
-            let up = NetEvent::Up { link, peer: NodeId::Mds(MdsId(1)) };
+            let up = NetEvent::Up { link, peer: NodeId::Mds(MdsId(1)), level: Level::CURRENT };
             self.core.step(self.now(), Event::Net(up), &mut out);
             self.carry_out(out);
         }
@@ -143,12 +143,15 @@ impl<P: Process> Driver<P> {
         let link = LinkId(LinkId::ACCEPTED | self.accepted);
         self.asked.insert(link, VecDeque::new());
         let number = who.get(1).copied().unwrap_or(0);
-        let peer = match who.first().copied().unwrap_or(0) % 3 {
+        let kind = who.first().copied().unwrap_or(0);
+        // The handshake lets neighbours in.
+        let level = Level(Level::OLDEST.0 + u32::from(kind / 3 % 3));
+        let peer = match kind % 3 {
             0 => NodeId::Client(ClientId(u64::from(number))),
             1 => NodeId::Cs(CsId(1024 + u32::from(number))),
             _ => NodeId::Mds(MdsId(u64::from(number))),
         };
-        self.step(Event::Net(NetEvent::Up { link, peer }));
+        self.step(Event::Net(NetEvent::Up { link, peer, level }));
     }
 
     fn link(&self, which: u8) -> Option<LinkId> {

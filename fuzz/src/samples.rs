@@ -4,9 +4,9 @@ use crate::Seeds;
 use cairn_stdx::checksum::crc64;
 use cairn_types::{
     BLOCK_SIZE, ChunkId, ChunkVersion, ClientId, ClusterId, CsId, Epoch, FailureDomain, HostId, InodeId, LayerId,
-    MdsId, NodeId, Redundancy, Sequence, VolumeId,
+    Level, MdsId, NodeId, Redundancy, Sequence, VolumeId,
 };
-use cairn_wire::auth::{ClusterKey, Initiator};
+use cairn_wire::auth::{ClusterKey, Initiator, Peer};
 use cairn_wire::cs::{BlockRange, CsError, CsReply, CsRequest, TailEntry};
 use cairn_wire::data::{DataOp, DataReply, DataRequest, DataStatus, FLAG_DURABLE, FLAG_ZERO};
 use cairn_wire::mds::*;
@@ -29,20 +29,25 @@ pub fn key() -> ClusterKey {
     ClusterKey::from_hex(&"5a".repeat(32)).expect("64 digits")
 }
 
+/// A node of this release.
+pub fn at_present(node: NodeId) -> Peer {
+    Peer { node, level: Level::CURRENT }
+}
+
 /// A client that opens a link.
 pub fn initiator(cluster: Option<ClusterId>) -> Initiator {
-    Initiator::new(key(), "stor1", cluster, NodeId::Client(ClientId(9)), [1; 32])
+    Initiator::new(key(), "stor1", cluster, at_present(NodeId::Client(ClientId(9))), [1; 32])
 }
 
 /// Somebody of another cluster.
 pub fn stranger() -> Initiator {
-    Initiator::new(key(), "stor2", None, NodeId::Cs(CsId(1025)), [3; 32])
+    Initiator::new(key(), "stor2", None, at_present(NodeId::Cs(CsId(1025))), [3; 32])
 }
 
 /// The proof that belongs to [`initiator`] and the challenge of the target `auth`.
 pub fn proof() -> Vec<u8> {
     let initiator = initiator(Some(CLUSTER));
-    let node = NodeId::Mds(MdsId(1));
+    let node = at_present(NodeId::Mds(MdsId(1)));
     let (challenge, _) =
         cairn_wire::auth::Responder::answer(&key(), "stor1", CLUSTER, node, [2; 32], &initiator.hello());
     initiator.challenged(&challenge).expect("our own challenge is good").0
@@ -299,6 +304,9 @@ pub fn requests() -> Named<MdsRequest> {
         ("mds_remove", MdsRemove { mds: MdsId(2) }),
         ("mds_status", MdsStatus),
         ("mds_report", MdsReport { mds: MdsId(2), short: true, free: 1 << 20, state_wanted: 9 }),
+        ("levels", Levels),
+        ("level_raise", LevelRaise { level: Level::CURRENT }),
+        ("cs_busy", CsBusy { cs, busy: 300 }),
         ("kv_get", KvGet { key: b"key".to_vec() }),
         ("kv_put", KvPut { key: b"key".to_vec(), value: b"value".to_vec(), expected: Some(1) }),
         ("kv_delete", KvDelete { key: b"key".to_vec(), expected: None }),
@@ -371,8 +379,25 @@ pub fn replies() -> Named<Result<MdsReply, MdsError>> {
         ("lease", Lease(grant(false))),
         ("chunks", Chunks((0..8).map(chunk).collect())),
         ("cs_replaced", CsReplaced { left: 3 }),
+        (
+            "levels",
+            Levels {
+                cluster: Level::OLDEST,
+                leader: Level::CURRENT,
+                members: vec![MemberLevel { node: NodeId::Mds(MdsId(2)), what: "host2".into(), level: None }],
+            },
+        ),
         ("cs_registered", CsRegistered { cs: CsId(1025), cluster: CLUSTER }),
-        ("orders", Orders(vec![rebuild, raise, delete, CsOrder::VerifyRate { chunks_per_minute: 60 }])),
+        (
+            "orders",
+            Orders(vec![
+                rebuild,
+                raise,
+                delete,
+                CsOrder::VerifyRate { chunks_per_minute: 60 },
+                CsOrder::Level(Level::CURRENT),
+            ]),
+        ),
         ("topology", Topology { revision: 3, mds: vec![mds_info(1)], cs: (1025..1028).map(cs_info).collect() }),
         ("stat", Stat(Box::new(stat))),
         ("events", Events(vec![event])),

@@ -5,8 +5,8 @@ use crate::checkers::shadow::Invariant;
 use crate::run::{Options, run};
 use crate::scenario::{
     SEEDS_CUT_HOST, SEEDS_DISASTER, SEEDS_DISASTER_OF, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS,
-    SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS, SEEDS_MISDIRECTED, SEEDS_OF, SEEDS_OLD_COPY, SEEDS_STALE,
-    SEEDS_WRONG_OF,
+    SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS, SEEDS_MISDIRECTED, SEEDS_OF, SEEDS_OLD_COPY, SEEDS_SKEW,
+    SEEDS_SKEW_OF, SEEDS_STALE, SEEDS_WRONG_OF,
 };
 use cairn_stdx::{Rng, planted};
 
@@ -72,6 +72,11 @@ const fn on_files(bug: Planted) -> Planted {
     Planted { fsx: true, ..bug }
 }
 
+/// Looked for in seeds where processes are restarted with another release.
+const fn amid_upgrades(bug: Planted) -> Planted {
+    Planted { seeds: (SEEDS_SKEW, SEEDS_SKEW_OF), ..bug }
+}
+
 /// Looked for in seeds where a disk does wrong and says nothing: the kind, by its remainder.
 const fn with_wrong_disk(kind: u64, bug: Planted) -> Planted {
     Planted { seeds: (kind, SEEDS_WRONG_OF), ..bug }
@@ -121,6 +126,8 @@ pub const PLANTED: &[Planted] = &[
     on_small_disks(bug("full_copy_never_freshened", Invariant::I16, 600)),
     on_small_disks(bug("store_trim_needs_room", Invariant::I16, 100)),
     on_small_disks(bug("refused_write_not_taken_back", Invariant::I5, 200)),
+    amid_upgrades(bug("used_before_finalize", Invariant::I15, 100)),
+    amid_upgrades(bug("newer_state_read_as_old", Invariant::I15, 200)),
     with_failing_flushes(bug("store_retry_fsync", Invariant::I12, 100)),
     with_wrong_disk(SEEDS_STALE, bug("store_read_unverified", Invariant::I10, 200)),
     with_wrong_disk(SEEDS_MISDIRECTED, bug("cs_repair_passes_damaged_over", Invariant::I3, 2000)),

@@ -9,8 +9,9 @@ use crate::net::{Conn, Network};
 use cairn_env::{Buf, DiskDone, IoId};
 use cairn_env_sim::SimDisk;
 use cairn_stdx::{Rng, checksum::crc64};
-use cairn_types::{BLOCK_SIZE, Instant, NodeId};
+use cairn_types::{BLOCK_SIZE, Instant, Level, NodeId};
 use cairn_wire::data::{DataReply, DataStatus};
+use cairn_wire::mds::Call;
 use cairn_wire::{DiskIndex, Effects, Event, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
@@ -69,6 +70,8 @@ pub struct Node {
     pub addr: SocketAddr,
     /// Who it is, as its peers learn after the handshake.
     pub identity: NodeId,
+    /// Release level of its process, as its peers learn too.
+    pub level: Level,
     /// Its disks; they outlive the process.
     pub disks: Vec<SimDisk>,
     /// The process, while it runs.
@@ -110,6 +113,10 @@ pub struct World {
     pub fatal: Vec<(NodeIndex, String)>,
     /// An invariant that what a process sends has broken, and how.
     pub found: Option<(Invariant, String)>,
+    /// Calls above the first level are looked for.
+    pub watch_levels: bool,
+    /// Who sent it, and what.
+    pub above_first: Option<String>,
     effects: Effects,
 }
 
@@ -135,6 +142,8 @@ impl World {
             frames: false,
             fatal: Vec::new(),
             found: None,
+            watch_levels: false,
+            above_first: None,
             effects: Effects::default(),
         }
     }
@@ -156,6 +165,7 @@ impl World {
         self.nodes.push(Node {
             addr,
             identity,
+            level: Level::FIRST,
             disks,
             process: None,
             paused: false,
@@ -372,8 +382,9 @@ impl World {
         }
         let accepted = self.net.accept(id);
         let (from_identity, to_identity) = (self.nodes[from.0].identity, self.nodes[to.0].identity);
-        self.deliver(to, Event::Net(NetEvent::Up { link: accepted, peer: from_identity }));
-        self.deliver(from, Event::Net(NetEvent::Up { link, peer: to_identity }));
+        let (from_level, to_level) = (self.nodes[from.0].level, self.nodes[to.0].level);
+        self.deliver(to, Event::Net(NetEvent::Up { link: accepted, peer: from_identity, level: from_level }));
+        self.deliver(from, Event::Net(NetEvent::Up { link, peer: to_identity, level: to_level }));
     }
 
     fn deliver_frame(&mut self, id: u64, to_acceptor: bool) {
@@ -486,6 +497,9 @@ impl World {
             }
             NetEffect::Send { link, kind, id, prefix, payload } => {
                 self.check_sent(node, kind, &prefix, &payload);
+                if self.watch_levels && kind == FrameKind::MdsCall {
+                    self.look_at_level(node, &prefix);
+                }
                 if let Some((conn, to_acceptor, due)) = self.net.send(self.now, node, link, kind, id, prefix, payload) {
                     self.schedule(due.saturating_sub(self.now), Happening::Deliver { conn, to_acceptor });
                 }
@@ -524,6 +538,14 @@ impl World {
                 let what = format!("{node:?} sent a damaged block, number {at} of an answer to a read");
                 self.found.get_or_insert((Invariant::I10, what));
             }
+        }
+    }
+
+    fn look_at_level(&mut self, node: NodeIndex, call: &[u8]) {
+        if let Ok(Call { request, .. }) = cairn_wire::decode("call", call)
+            && request.level() > Level::FIRST
+        {
+            self.above_first = Some(format!("{node:?} sent {request:?}"));
         }
     }
 

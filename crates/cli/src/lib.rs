@@ -74,6 +74,8 @@ pub enum Verb {
     ListServices(verbs::cluster::ListServicesArgs),
     /// Shows health, space and servers.
     Stat,
+    /// Shows the release levels of the cluster and of everybody in it; --finalize ends an upgrade.
+    Upgrade(verbs::upgrade::UpgradeArgs),
     /// Shows the attributes of a file or directory on a mount.
     GetAttr(verbs::attr::GetAttrArgs),
     /// Sets attributes, as `replicas=3:2` or `failure-domain=host`.
@@ -143,6 +145,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<i32> {
         Verb::Mount(args) => verbs::mount::run(&context, args)?,
         Verb::ListServices(args) => verbs::cluster::list_services(&context, args)?,
         Verb::Stat => verbs::cluster::stat(&context)?,
+        Verb::Upgrade(args) => verbs::upgrade::run(&context, args)?,
         Verb::GetAttr(args) => verbs::attr::get(&context, args)?,
         Verb::SetAttr(args) => verbs::attr::set(&context, args)?,
         Verb::GetConfig => verbs::cluster::get_config(&context)?,

@@ -45,7 +45,11 @@ impl Bench {
             match effect {
                 NetEffect::Connect { link, addr } => {
                     self.links.insert(link, u32::from(addr.port()));
-                    self.events.push_back(NetEvent::Up { link, peer: NodeId::Client(ClientId(0)) });
+                    self.events.push_back(NetEvent::Up {
+                        link,
+                        peer: NodeId::Client(ClientId(0)),
+                        level: Level::CURRENT,
+                    });
                 }
                 NetEffect::Send { link, kind, id, prefix, payload } => self.answer(link, kind, id, &prefix, &payload),
                 NetEffect::Close { .. } => {}

@@ -98,6 +98,7 @@ fn main() {
     }
     let config = CsConfig {
         cs: None,
+        level: Level::CURRENT,
         cluster: ClusterId([1; 16]),
         store: [2; 16],
         addr: "127.0.0.1:1".parse().expect("an address"),
@@ -114,7 +115,7 @@ fn main() {
     let mut bench = Bench { core, disk, now: 1, out: Effects::default(), answers: 0 };
     bench.step(Event::Start);
     bench.turn();
-    bench.step(Event::Net(NetEvent::Up { link: LINK, peer: NodeId::Client(ClientId(1)) }));
+    bench.step(Event::Net(NetEvent::Up { link: LINK, peer: NodeId::Client(ClientId(1)), level: Level::CURRENT }));
     bench.call(CsRequest::Hello { session: 1, generation: 1 });
     let (volume, epoch, chunk) = (VolumeId(1), Epoch(1), ChunkId(1));
     bench.call(CsRequest::Fence { volume, epoch });

@@ -6,6 +6,7 @@
 //! link to the metadata servers; [`scrub`] the background check. The whole is described in
 //! `docs/design/chunk-server.md`.
 
+mod busy;
 mod calls;
 mod control;
 mod data;
@@ -21,7 +22,7 @@ use crate::tag::{ChunkTag, CopyState};
 use cairn_env::DiskDone;
 use cairn_stdx::{FixedMap, Rng};
 use cairn_store::{Notice, OpenError, OpenReport, Store, StoreError, StoreOutput, StoreReply, StoreRequest};
-use cairn_types::{ChunkId, ClusterId, CsId, Duration, Instant, VolumeId};
+use cairn_types::{ChunkId, ClusterId, CsId, Duration, Instant, Level, VolumeId};
 use cairn_wire::mds::{CsStats, Location};
 use cairn_wire::{DiskIndex, Effects, Event, Frame, FrameKind, LinkId, NetEffect, NetEvent, Now, Process};
 use data::DataCall;
@@ -54,6 +55,8 @@ const EARLY_MAX: usize = crate::links::WINDOW_MAX as usize;
 pub struct CsConfig {
     /// Its id; none before it first registered.
     pub cs: Option<CsId>,
+    /// The release level it runs at.
+    pub level: Level,
     /// The cluster it belongs to.
     pub cluster: ClusterId,
     /// Uuid of its store.
@@ -208,6 +211,7 @@ pub struct CsCore {
     /// Reads for the rebuilds of other servers: what the store works on, in blocks, and what waits.
     repairs_out: u32,
     repairs_waiting: VecDeque<DataCall>,
+    busy: busy::Busy,
     rebuilds: rebuild::Rebuilds,
     peers: peers::Peers,
     mds: mds::MdsLink,
@@ -254,6 +258,7 @@ impl CsCore {
             client_seen: None,
             repairs_out: 0,
             repairs_waiting: VecDeque::new(),
+            busy: busy::Busy::default(),
             rebuilds: rebuild::Rebuilds::default(),
             peers: peers::Peers::default(),
             scrub: scrub::Scrub::default(),
@@ -607,7 +612,7 @@ impl CsCore {
 
     fn on_net(&mut self, now: Now, event: NetEvent, out: &mut Effects) {
         match event {
-            NetEvent::Up { link, peer } if link.is_accepted() => self.links.up(link, peer),
+            NetEvent::Up { link, peer, .. } if link.is_accepted() => self.links.up(link, peer),
             NetEvent::Up { link, .. } => {
                 if !self.mds_up(now, link) {
                     self.peer_up(now, link, out);
@@ -754,6 +759,7 @@ impl CsCore {
 
 impl Process for CsCore {
     fn step(&mut self, now: Now, event: Event, out: &mut Effects) {
+        self.busy.pass(now.mono, self.client_depth > 0);
         match event {
             Event::Start => self.store.start(now.mono, &mut self.store_out),
             Event::Net(event) => self.on_net(now, event, out),

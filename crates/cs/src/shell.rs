@@ -129,6 +129,7 @@ pub async fn start(config: &CsRunConfig) -> Result<RunningCs, CsRunError> {
     let [rack, row, room, site] = config.place.clone();
     let core = CsConfig {
         cs: identity.cs,
+        level: cairn_env_real::release_level(),
         cluster: identity.cluster,
         store: identity.store,
         addr,

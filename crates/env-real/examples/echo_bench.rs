@@ -8,8 +8,8 @@
 
 use cairn_env::{DiskOp, DiskRequest, IoId};
 use cairn_env_real::{Disk, DiskOptions, Identity, Reactor, ReactorConfig, ReactorOptions, Stopped, block_on_local};
-use cairn_types::{ClientId, ClusterId, CsId, NodeId};
-use cairn_wire::auth::{ClusterKey, Initiator};
+use cairn_types::{ClientId, ClusterId, CsId, Level, NodeId};
+use cairn_wire::auth::{ClusterKey, Initiator, Peer};
 use cairn_wire::frame::{FRAME_HEADER_SIZE, FrameKind, FrameReader, write_frame, write_frame_head};
 use cairn_wire::{DiskIndex, Effects, Event, LinkId, NetEffect, NetEvent, Now, Process};
 use std::collections::BTreeMap;
@@ -91,7 +91,8 @@ fn connect(addr: SocketAddr, handshake: bool) -> TcpStream {
     stream.set_nodelay(true).expect("nodelay");
     if handshake {
         let mut reader = FrameReader::new();
-        let initiator = Initiator::new(key(), "bench", None, NodeId::Client(ClientId(2049)), [1; 32]);
+        let us = Peer { node: NodeId::Client(ClientId(2049)), level: Level::CURRENT };
+        let initiator = Initiator::new(key(), "bench", None, us, [1; 32]);
         let send = |stream: &mut TcpStream, prefix: &[u8]| {
             let mut bytes = Vec::new();
             write_frame(&mut bytes, FrameKind::Auth, 0, prefix);

@@ -15,6 +15,7 @@ pub mod clock;
 pub mod cutter;
 pub mod disk;
 mod fill;
+mod level;
 mod link;
 pub mod log;
 pub mod offline;
@@ -25,6 +26,7 @@ mod socket;
 mod sys;
 
 pub use disk::{Disk, DiskOptions, OpenDiskError};
+pub use level::release_level;
 pub use offline::OfflineDisk;
 pub use reactor::{Identity, Reactor, ReactorConfig, ReactorOptions, Stats, Stopped, block_on_local};
 pub use sys::{free_bytes, random_bytes, reserve_range};

@@ -12,8 +12,7 @@ use crate::reactor::{Identity, Inner, State};
 use crate::socket::{self, Listener, ReadHalf, Socket, WriteHalf};
 use crate::sys;
 use cairn_env::Buf;
-use cairn_types::NodeId;
-use cairn_wire::auth::{AuthError, Challenge, Initiator, Responder};
+use cairn_wire::auth::{AuthError, Challenge, Initiator, Peer, Responder};
 use cairn_wire::frame::{Frame, FrameKind, write_frame};
 use cairn_wire::{Event, LinkId, NetEvent, Now, Process};
 use std::collections::BTreeMap;
@@ -180,9 +179,10 @@ impl Shaker {
     }
 
     /// The side that connected.
-    async fn initiate<P: Process + 'static>(&mut self, inner: &Rc<Inner<P>>) -> Result<NodeId, Reason> {
+    async fn initiate<P: Process + 'static>(&mut self, inner: &Rc<Inner<P>>) -> Result<Peer, Reason> {
         let Identity { key, cluster_name, cluster, node } = inner.state().identity.clone();
-        let initiator = Initiator::new(key, &cluster_name, cluster, node, sys::random_bytes());
+        let us = Peer { node, level: crate::release_level() };
+        let initiator = Initiator::new(key, &cluster_name, cluster, us, sys::random_bytes());
         self.send(&initiator.hello()).await?;
         let challenge = self.receive().await?;
         let (proof, peer, theirs) = initiator.challenged(&challenge).map_err(|error| error.to_string())?;
@@ -198,7 +198,7 @@ impl Shaker {
     }
 
     /// The side that listens.
-    async fn respond<P: Process + 'static>(&mut self, inner: &Rc<Inner<P>>) -> Result<NodeId, Reason> {
+    async fn respond<P: Process + 'static>(&mut self, inner: &Rc<Inner<P>>) -> Result<Peer, Reason> {
         let hello = self.receive().await?;
         let Identity { key, cluster_name, cluster, node } = inner.state().identity.clone();
         let Some(cluster) = cluster else {
@@ -206,7 +206,8 @@ impl Shaker {
             self.refuse(&cairn_wire::encode(&Challenge::Refuse(error.clone()))).await;
             return Err(error.to_string());
         };
-        let (challenge, responder) = Responder::answer(&key, &cluster_name, cluster, node, sys::random_bytes(), &hello);
+        let us = Peer { node, level: crate::release_level() };
+        let (challenge, responder) = Responder::answer(&key, &cluster_name, cluster, us, sys::random_bytes(), &hello);
         let responder = match responder {
             Ok(responder) => responder,
             Err(error) => {
@@ -298,7 +299,7 @@ impl<P: Process + 'static> Inner<P> {
     }
 
     /// Steps `Up` and starts reading, unless the process has closed the link meanwhile.
-    fn link_up(self: &Rc<Self>, link: LinkId, peer: NodeId, shaker: Shaker) {
+    fn link_up(self: &Rc<Self>, link: LinkId, peer: Peer, shaker: Shaker) {
         let Shaker { read, write, mut cutter } = shaker;
         cutter.set_authenticated();
         let state = &mut *self.state();
@@ -314,7 +315,7 @@ impl<P: Process + 'static> Inner<P> {
         });
         entry.socket = Some(Rc::new(write));
         entry.reader = Some(reader.abort_handle());
-        state.step(clock::now(), Event::Net(NetEvent::Up { link, peer }));
+        state.step(clock::now(), Event::Net(NetEvent::Up { link, peer: peer.node, level: peer.level }));
         self.schedule_turn();
     }
 

@@ -5,7 +5,7 @@ use crate::core::MdsCore;
 use cairn_consensus::ProposeError;
 use cairn_meta::{Command, Recipient};
 use cairn_stdx::FixedMap;
-use cairn_types::{ClientId, CsId, NodeId};
+use cairn_types::{ClientId, CsId, Level, NodeId};
 use cairn_wire::mds::{Call, ClusterHealth, CsOrder, MdsError, MdsReply, MdsRequest, Push};
 use cairn_wire::{Effects, FrameKind, LinkId, Now};
 use std::collections::{BTreeMap, VecDeque};
@@ -31,7 +31,7 @@ pub(crate) struct Calls {
     reads: FixedMap<u64, (Asked, MdsRequest)>,
     /// Reads whose index is known, until it is applied.
     ready: VecDeque<(u64, u64)>,
-    peers: BTreeMap<LinkId, NodeId>,
+    peers: BTreeMap<LinkId, (NodeId, Level)>,
     sessions: BTreeMap<ClientId, LinkId>,
     servers: BTreeMap<CsId, LinkId>,
 }
@@ -42,12 +42,27 @@ impl Calls {
         self.token
     }
 
-    pub fn link_up(&mut self, link: LinkId, peer: NodeId) {
-        self.peers.insert(link, peer);
+    pub fn link_up(&mut self, link: LinkId, peer: NodeId, level: Level) {
+        self.peers.insert(link, (peer, level));
     }
 
     pub fn peer(&self, link: LinkId) -> Option<NodeId> {
-        self.peers.get(&link).copied()
+        self.peers.get(&link).map(|(peer, _)| *peer)
+    }
+
+    /// The release level of whoever is at the other end.
+    pub fn level(&self, link: LinkId) -> Option<Level> {
+        self.peers.get(&link).map(|(_, level)| *level)
+    }
+
+    /// The link a session spoke over last.
+    pub fn session_link(&self, client: ClientId) -> Option<LinkId> {
+        self.sessions.get(&client).copied()
+    }
+
+    /// The link a chunk server spoke over last.
+    pub fn server_link(&self, cs: CsId) -> Option<LinkId> {
+        self.servers.get(&cs).copied()
     }
 
     /// Forgets a link; gives the chunk server that spoke over it.
@@ -142,7 +157,11 @@ impl<B: Base> MdsCore<B> {
             let error = MdsError::Unavailable("too many calls are under way".to_owned());
             return send_answer(asked, &Err(error), effects);
         }
+        if let Some(refused) = self.refuse_level(link, &call.request) {
+            return send_answer(asked, &Err(refused), effects);
+        }
         match &call.request {
+            MdsRequest::Levels => send_answer(asked, &self.levels(call.session), effects),
             &MdsRequest::MdsReport { mds, short, free, state_wanted } => {
                 let report = crate::room::Report { heard: now.mono, short, free, state_wanted };
                 if !self.room_reported(link, mds, report, effects) {
@@ -203,6 +222,9 @@ impl<B: Base> MdsCore<B> {
     fn propose_call(&mut self, now: Now, asked: Asked, call: Call, effects: &mut Effects) {
         self.calls.bind_session(call.session, asked.link);
         self.duty.heard_session(call.session, now.mono);
+        if let Some(why) = self.leading.then(|| self.refuse_to_log(&call.request)).flatten() {
+            return send_answer(asked, &Err(MdsError::Refused(why)), effects);
+        }
         let token = self.calls.next_token();
         let command = Command::Call { call, wall_ns: now.wall_ns };
         self.calls.writes.insert(token, asked);
@@ -247,6 +269,9 @@ impl<B: Base> MdsCore<B> {
         // Told every time: the server keeps no parameters, and it may have started a moment ago.
         let chunks_per_minute = u32::try_from(self.meta.config("mds.wd.verify_chunks")).unwrap_or(u32::MAX);
         orders.push(CsOrder::VerifyRate { chunks_per_minute });
+        if self.meta.level() > Level::FIRST {
+            orders.push(CsOrder::Level(self.meta.level()));
+        }
         send_answer(asked, &Ok(MdsReply::Orders(orders)), effects);
     }
 

@@ -10,9 +10,9 @@ use crate::image::Images;
 use crate::room::Rooms;
 use cairn_consensus::{Committed, CommittedKind, Consensus, Output};
 use cairn_meta::Overlay;
-use cairn_meta::{Command, Meta, MetaEffect};
+use cairn_meta::{Command, CommandError, Meta, MetaEffect};
 use cairn_stdx::Rng;
-use cairn_types::{ClusterId, Duration, MdsId};
+use cairn_types::{ClusterId, Duration, Level, MdsId};
 use cairn_wire::mds::{MdsError, MdsInfo};
 use cairn_wire::{DiskIndex, Effects, Event, FrameKind, LinkId, NetEvent, Now, Process};
 use std::net::SocketAddr;
@@ -27,6 +27,8 @@ const DUTY_PERIOD: Duration = Duration::from_millis(100);
 pub struct MdsConfig {
     /// Its id.
     pub id: MdsId,
+    /// The level it runs at.
+    pub level: Level,
     /// Its cluster.
     pub cluster: ClusterId,
     /// Name of the cluster.
@@ -65,6 +67,8 @@ pub struct MdsCore<B: Base> {
     rng: Rng,
     pub(crate) out: Output,
     open: bool,
+    /// The log or the image is not for this release: nothing more is applied, and the process ends.
+    cannot_read: bool,
 }
 
 impl<B: Base> MdsCore<B> {
@@ -73,7 +77,7 @@ impl<B: Base> MdsCore<B> {
         let applied = base.mark().index;
         Self {
             consensus: Consensus::new(config.log.clone()),
-            meta: Meta::open(Overlay::new(base)),
+            meta: Meta::open_at(Overlay::new(base), config.level),
             calls: Calls::default(),
             duty: Duty::default(),
             group: Group::new(config.id, &config.servers),
@@ -87,6 +91,7 @@ impl<B: Base> MdsCore<B> {
             rng,
             out: Output::default(),
             open: false,
+            cannot_read: false,
             config,
         }
     }
@@ -155,6 +160,9 @@ impl<B: Base> MdsCore<B> {
             ));
         }
         for committed in out.committed.drain(..) {
+            if self.cannot_read {
+                break;
+            }
             self.apply(now, committed, effects);
         }
         if let Some(role) = out.role.take() {
@@ -226,6 +234,13 @@ impl<B: Base> MdsCore<B> {
 
     fn apply(&mut self, now: Now, committed: Committed, effects: &mut Effects) {
         assert!(committed.index == self.applied + 1, "I11: entry {} follows {}", committed.index, self.applied);
+        let command = match &committed.kind {
+            CommittedKind::Command(bytes) => match Command::decode(bytes, self.config.level) {
+                Ok(command) => Some(command),
+                Err(error) => return self.cannot_apply(committed.index, &error, effects),
+            },
+            CommittedKind::Noop | CommittedKind::Change { .. } => None,
+        };
         self.applied = committed.index;
         match committed.kind {
             CommittedKind::Noop => {}
@@ -236,8 +251,9 @@ impl<B: Base> MdsCore<B> {
                 }
                 self.members_changed(change, &members, effects);
             }
-            CommittedKind::Command(bytes) => {
-                let applied = self.meta.apply(committed.index, &bytes);
+            CommittedKind::Command(_) => {
+                let (level, command) = command.expect("decoded above");
+                let applied = self.meta.apply_command(committed.index, level, command);
                 if let Some(token) = committed.token {
                     self.calls.answer(token, &applied.reply, effects);
                 }
@@ -246,6 +262,25 @@ impl<B: Base> MdsCore<B> {
                 }
             }
         }
+    }
+
+    /// Nothing more is applied: the state is not for this release.
+    pub(crate) fn cannot_go_on(&mut self) {
+        self.cannot_read = true;
+    }
+
+    /// An entry of the log cannot be read here: to pass it over would make this state another one than that of the
+    /// others. It is not applied, so a release that can read it goes on from here.
+    fn cannot_apply(&mut self, index: u64, error: &CommandError, effects: &mut Effects) {
+        self.cannot_go_on();
+        let what = format!("entry {index} of the metadata log");
+        effects.fatal = Some(match error {
+            CommandError::Level { found, .. } => self.too_new(&what, *found),
+            CommandError::Malformed(error) => format!(
+                "{what} in {} cannot be read: {error}. This server stops before it differs from the others; they go on",
+                self.config.repository
+            ),
+        });
     }
 
     fn meta_effect(&mut self, now: Now, effect: MetaEffect, effects: &mut Effects) {
@@ -277,12 +312,13 @@ impl<B: Base> MdsCore<B> {
 
     fn net(&mut self, now: Now, event: NetEvent, effects: &mut Effects) {
         match event {
-            NetEvent::Up { link, peer } => {
+            NetEvent::Up { link, peer, level } => {
                 self.group.link_up(link);
-                self.calls.link_up(link, peer);
+                self.calls.link_up(link, peer, level);
             }
             NetEvent::Down { link, reason } => {
                 if self.group.link_down(link, now.mono) {
+                    self.calls.forget_link(link);
                     self.images.link_down(link);
                     return;
                 }
@@ -329,8 +365,16 @@ impl<B: Base> MdsCore<B> {
 
 impl<B: Base> Process for MdsCore<B> {
     fn step(&mut self, now: Now, event: Event, effects: &mut Effects) {
+        if self.cannot_read {
+            return;
+        }
         match event {
             Event::Start => {
+                if let Some(level) = self.meta.too_new() {
+                    self.cannot_read = true;
+                    effects.fatal = Some(self.too_new("the metadata image", level));
+                    return;
+                }
                 match self.applied {
                     0 => self.consensus.start_without_state(now.mono, &mut self.rng, &mut self.out),
                     applied => self.consensus.start(now.mono, applied, &mut self.rng, &mut self.out),

@@ -8,7 +8,7 @@ use crate::repository::{self, Identity, Repository, RepositoryError, log_config}
 use cairn_consensus::{Initial, Members, SnapshotMeta};
 use cairn_env_real::OfflineDisk;
 use cairn_stdx::Rng;
-use cairn_types::{Instant, MdsId};
+use cairn_types::{Instant, Level, MdsId};
 use cairn_wire::{Effects, Event, Now, Process};
 use std::path::Path;
 
@@ -116,6 +116,7 @@ fn read_copied(dir: &Path, identity: &Identity, copy: &Path) -> Result<(u64, Pai
     let mut disk = OfflineDisk::open(&log).map_err(io("open", &log))?;
     let config = MdsConfig {
         id: MdsId(identity.id),
+        level: Level::CURRENT,
         cluster: identity.cluster_id().unwrap_or_default(),
         cluster_name: identity.cluster_name.clone(),
         addr: identity.addr,

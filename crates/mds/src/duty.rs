@@ -159,12 +159,15 @@ impl<B: Base> MdsCore<B> {
     fn look_at_bootstrap(&mut self, now: Now) {
         if self.config.bootstrap && self.meta.identity().is_none() {
             let first = self.config.servers.iter().find(|info| info.mds == self.config.id);
-            self.propose_own(&Command::Bootstrap {
+            let bootstrap = Command::Bootstrap {
                 cluster: self.config.cluster,
                 name: self.config.cluster_name.clone(),
                 first: first.expect("the list of servers contains this one").clone(),
                 wall_ns: now.wall_ns,
-            });
+            };
+            // A cluster begins at the level of its first server.
+            let token = self.calls.next_token();
+            let _ = self.consensus.propose(token, bootstrap.encode_at(self.config.level));
         }
     }
 

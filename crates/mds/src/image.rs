@@ -256,6 +256,10 @@ impl<B: Base> MdsCore<B> {
         match self.consensus.install_snapshot(&receiving.meta, &mut self.out) {
             Ok(()) => {
                 self.meta.reload();
+                if let Some(level) = self.meta.too_new() {
+                    effects.fatal = Some(self.too_new("the state that was received", level));
+                    return self.cannot_go_on();
+                }
                 self.applied = receiving.meta.index;
                 self.state_lost = false;
                 effects.log.push(format!("the state at {} is installed", receiving.meta.index));

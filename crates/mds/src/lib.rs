@@ -21,6 +21,7 @@ mod duty;
 mod group;
 mod image;
 pub mod image_file;
+mod levels;
 pub mod redb_base;
 pub mod repository;
 mod room;

@@ -130,6 +130,7 @@ fn run_core(
     }
     let core_config = MdsConfig {
         id,
+        level: cairn_env_real::release_level(),
         cluster,
         cluster_name: identity.cluster_name.clone(),
         addr,

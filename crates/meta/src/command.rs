@@ -1,13 +1,11 @@
 //! What the log carries, and what comes out of applying it.
 
-use cairn_types::{ClientId, ClusterId, CsId, MdsId};
-use cairn_wire::mds::{Call, ClusterEvent, CsState, MdsCondition, MdsError, MdsInfo, MdsReply, Push};
+use cairn_types::{ClientId, ClusterId, CsId, Level, MdsId};
+use cairn_wire::mds::{Call, ClusterEvent, CsState, MdsCondition, MdsError, MdsInfo, MdsReply, MdsRequest, Push};
 use serde::{Deserialize, Serialize};
 
-/// First byte of every command in the log.
-pub const COMMAND_VERSION: u8 = 1;
-
-/// One command of the log. Variants are only ever appended.
+/// One command of the log. Variants are only ever appended. The first byte of each in the log is the lowest level that
+/// knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// The first command of a cluster: its identity, its root directory, its first metadata server. Once.
@@ -106,11 +104,13 @@ pub enum Command {
 /// Bytes that are no command.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
-    /// Empty, or of a version this build does not know.
-    #[error("command of version {found:?}, this build knows {COMMAND_VERSION}")]
-    Version {
-        /// First byte found.
-        found: Option<u8>,
+    /// Of another level.
+    #[error("a command of {found}, and this server is of {reads}")]
+    Level {
+        /// The level that knows it.
+        found: Level,
+        /// The highest one that may be read here.
+        reads: Level,
     },
     /// Not one whole command.
     #[error("malformed command: {0}")]
@@ -118,20 +118,40 @@ pub enum CommandError {
 }
 
 impl Command {
-    /// The bytes for the log.
-    pub fn encode(&self) -> Vec<u8> {
-        postcard::to_extend(self, vec![COMMAND_VERSION]).expect("every command can be encoded")
+    /// The lowest level that knows the command.
+    pub fn level(&self) -> Level {
+        match self {
+            Self::Call { call, .. } => match call.request {
+                // A stamp is one byte; what is beyond it is beyond every server.
+                MdsRequest::LevelRaise { level } => level.min(Level(u32::from(u8::MAX))),
+                ref request => request.level(),
+            },
+            _ => Level::FIRST,
+        }
     }
 
-    /// The command in these bytes.
+    /// The bytes for the log.
+    pub fn encode(&self) -> Vec<u8> {
+        self.encode_at(self.level())
+    }
+
+    /// The bytes for the log with another stamp: a cluster is at the level of its first command.
+    pub fn encode_at(&self, level: Level) -> Vec<u8> {
+        let stamp = u8::try_from(level.0).expect("levels are small");
+        postcard::to_extend(self, vec![stamp]).expect("every command can be encoded")
+    }
+
+    /// The command in these bytes and its stamp, for one who knows all levels up to `reads`.
     ///
     /// # Errors
-    /// [`CommandError`] when they are not exactly one command of a known version.
-    pub fn decode(bytes: &[u8]) -> Result<Self, CommandError> {
-        match bytes.split_first() {
-            Some((&COMMAND_VERSION, body)) => Ok(cairn_wire::decode("command", body)?),
-            other => Err(CommandError::Version { found: other.map(|(first, _)| *first) }),
+    /// [`CommandError`] when they are not exactly one command of a known level.
+    pub fn decode(bytes: &[u8], reads: Level) -> Result<(Level, Self), CommandError> {
+        let (&stamp, body) = bytes.split_first().unwrap_or((&0, &[]));
+        let found = Level(u32::from(stamp));
+        if found < Level::FIRST || found > reads {
+            return Err(CommandError::Level { found, reads });
         }
+        Ok((found, cairn_wire::decode("command", body)?))
     }
 }
 

@@ -12,6 +12,7 @@
 //! - rule 13: a chunk never loses its last current replica;
 //! - I8 the sums by state are those of the chunks there are;
 //! - I11 equal log index, equal digest, on every server;
+//! - I15 nothing of a level above the cluster's is logged or written;
 //! - I18 a numbered call takes effect once.
 //!
 //! Start at [`Meta`] in `state.rs` for the frame, [`Command`] for what goes in, `chunks.rs` for the heart, [`recover`]
@@ -29,6 +30,7 @@ mod jobs;
 mod keys;
 mod kv;
 mod leases;
+mod level;
 mod lineage;
 mod members;
 mod namespace;
@@ -47,7 +49,7 @@ mod userkv;
 mod volumes;
 
 pub use chunks::ALLOCATE_MAX;
-pub use command::{Answer, Applied, COMMAND_VERSION, Command, CommandError, MetaEffect, Recipient};
+pub use command::{Answer, Applied, Command, CommandError, MetaEffect, Recipient};
 pub use inodes::SIZE_MAX;
 pub use kv::{BaseKv, Kv, MemKv, Memtable, Overlay, Pairs};
 pub use servers::{ORDERS_MAX, REPORT_MAX};

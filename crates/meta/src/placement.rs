@@ -1,10 +1,10 @@
 //! Placement: which servers get the copies of a chunk. Pure: a function of the wish and of what is known of the
 //! servers.
 //!
-//! Servers are drawn pseudo-randomly by chunk id, weighted by free space and by how short their queue is; whole numbers
-//! only, so that every metadata server draws the same. Copies differ on the level of the failure domain. When the
-//! wished tier has no room, the next lower ones are tried, then the higher ones, unless tiers are strict. When domains
-//! are advisory, copies that find no domain of their own share one, but never a server.
+//! Servers are drawn pseudo-randomly by chunk id, weighted by free space, by how short their queue is and by how busy
+//! they are; whole numbers only, so that every metadata server draws the same. Copies differ on the level of the
+//! failure domain. When the wished tier has no room, the next lower ones are tried, then the higher ones, unless tiers
+//! are strict. When domains are advisory, copies that find no domain of their own share one, but never a server.
 
 use crate::record::{Server, Standing};
 use cairn_types::{ChunkId, CsId, FailureDomain};
@@ -16,6 +16,8 @@ pub const TIER_MAX: u8 = 3;
 pub(crate) const REPAIR_FILL_PER_CENT: u64 = 98;
 /// A queue this much longer than the average (in requests) halves the weight.
 const QUEUE_HALF: u64 = 16;
+/// A server busy for so many thousandths of the time has half the weight.
+const BUSY_HALF: u64 = 1000;
 
 /// What placement knows of one server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +179,9 @@ pub fn slots(servers: &BTreeMap<CsId, Server>, margin_per_cent: u64) -> Vec<Slot
             // In MiB, so that sums and products stay far from overflow.
             let room = limit.saturating_sub(server.stats.used) >> 20;
             if server.standing() == Standing::Good && room > 0 {
-                (room.min(1 << 40) * QUEUE_HALF / (QUEUE_HALF + excess)).max(1)
+                (room.min(1 << 40) * QUEUE_HALF / (QUEUE_HALF + excess) * BUSY_HALF
+                    / (BUSY_HALF + u64::from(server.busy)))
+                .max(1)
             } else {
                 0
             }

@@ -1,7 +1,7 @@
 //! The records of the state: what stands behind the keys of [`crate::keys`]. Encoded with postcard.
 
 use cairn_types::{
-    ChunkId, ChunkVersion, ClientId, ClusterId, CsId, Epoch, FailureDomain, HostId, InodeId, MdsId, Redundancy,
+    ChunkId, ChunkVersion, ClientId, ClusterId, CsId, Epoch, FailureDomain, HostId, InodeId, Level, MdsId, Redundancy,
     VolumeId,
 };
 use cairn_wire::mds::{
@@ -10,9 +10,6 @@ use cairn_wire::mds::{
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-
-/// Version of all records; raised when one of them changes.
-pub const STATE_VERSION: u32 = 1;
 
 /// How the content of an inode is stored; inherited from the directory at creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -362,6 +359,9 @@ pub struct Server {
     pub rebuilding: u32,
     /// Chunks below this id existed when the last complete report ended; only they can be missing from the next.
     pub report_floor: ChunkId,
+    /// How busy it is, in thousandths. Of [`cairn_types::Level::BUSY`]: `crate::level` puts it behind the rest.
+    #[serde(skip)]
+    pub busy: u16,
 }
 
 /// How a server counts in the state of a chunk.
@@ -480,7 +480,7 @@ pub struct Identity {
 /// All singletons, resident, written at checkpoints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Globals {
-    /// [`STATE_VERSION`].
+    /// The level of the cluster: all records are of it. Always the first field.
     pub version: u32,
     /// Log index of the last command applied.
     pub applied: u64,
@@ -534,7 +534,7 @@ impl Globals {
     /// An empty cluster.
     pub fn new() -> Self {
         Self {
-            version: STATE_VERSION,
+            version: Level::OLDEST.0,
             applied: 0,
             digest: 0,
             identity: None,

@@ -20,7 +20,7 @@ use crate::record::{Chunk, ChunkState, Inode, Member, Presence, Server, StaleCop
 use crate::state::{Meta, decode_record};
 use cairn_stdx::planted;
 use cairn_types::{
-    BLOCK_SIZE_U64, ChunkId, ChunkVersion, ClusterId, CsId, Epoch, InodeId, MdsId, Redundancy, VolumeId,
+    BLOCK_SIZE_U64, ChunkId, ChunkVersion, ClusterId, CsId, Epoch, InodeId, Level, MdsId, Redundancy, VolumeId,
 };
 use cairn_wire::mds::{ChunkCounts, CsStats, InodeKind, Location, MdsInfo, Replica, ReplicaRole, Severity};
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,8 +54,12 @@ pub fn recover(
 ) -> Result<(MemKv, Report), RecoverError> {
     let cluster = check_listings(listings)?;
     let from_backup = backup.is_some();
+    let meta = Meta::open_at(backup.unwrap_or_default(), Level::CURRENT);
+    if let Some(level) = meta.too_new() {
+        return Err(RecoverError::LaterRelease(level));
+    }
     let mut recovery = Recovery {
-        meta: Meta::open(backup.unwrap_or_default()),
+        meta,
         options,
         report: Report { cluster, from_backup, ..Report::default() },
         read: BTreeSet::new(),
@@ -238,6 +242,7 @@ impl Recovery<'_> {
             stats,
             rebuilding: 0,
             report_floor: ChunkId(0),
+            busy: 0,
         });
         if server.dropped {
             self.report.problems.push(Problem::ServerRemoved { server: cs });

@@ -89,6 +89,7 @@ impl<K: Kv> Meta<K> {
                 stats: CsStats::default(),
                 rebuilding: 0,
                 report_floor: ChunkId(0),
+                busy: 0,
             },
             |(_, server)| server,
         );

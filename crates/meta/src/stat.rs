@@ -14,6 +14,18 @@ impl<K: Kv> Meta<K> {
         self.servers.iter().map(|(cs, server)| server.info(*cs)).collect()
     }
 
+    /// The sessions that have not ended.
+    pub fn session_infos(&self) -> Vec<SessionInfo> {
+        let live = self.sessions.iter().filter(|(_, session)| session.state == SessionState::Live);
+        live.map(|(client, session)| SessionInfo {
+            client: *client,
+            host_name: session.host_name.clone(),
+            purpose: session.purpose.clone(),
+            leases: session.leases,
+        })
+        .collect()
+    }
+
     /// The chunk servers, removed ones included.
     pub fn servers(&self) -> impl Iterator<Item = (CsId, CsState)> + '_ {
         self.servers.iter().map(|(cs, server)| (*cs, server.state()))
@@ -60,7 +72,6 @@ impl<K: Kv> Meta<K> {
         let (capacity, used) = in_use.fold((0u64, 0u64), |(capacity, used), server| {
             (capacity.saturating_add(server.stats.capacity), used.saturating_add(server.stats.used))
         });
-        let clients = self.sessions.iter().filter(|(_, session)| session.state == SessionState::Live);
         MdsReply::Stat(Box::new(ClusterStat {
             name: identity.name.clone(),
             cluster: identity.cluster,
@@ -74,14 +85,7 @@ impl<K: Kv> Meta<K> {
             leader: None,
             mds_silent: Vec::new(),
             cs: self.cs_infos(),
-            clients: clients
-                .map(|(client, session)| SessionInfo {
-                    client: *client,
-                    host_name: session.host_name.clone(),
-                    purpose: session.purpose.clone(),
-                    leases: session.leases,
-                })
-                .collect(),
+            clients: self.session_infos(),
             mds_ill: self.ailing.iter().map(|(mds, condition)| (*mds, *condition)).collect(),
         }))
     }

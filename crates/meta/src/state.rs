@@ -1,12 +1,13 @@
 //! The state machine itself: opening, applying, querying, checkpoints and digests.
 
-use crate::command::{Answer, Applied, Command, MetaEffect, Recipient};
+use crate::command::{Answer, Applied, Command, CommandError, MetaEffect, Recipient};
 use crate::kv::{BaseKv, Kv, Memtable, Overlay, Pairs};
 use crate::placement::Slot;
-use crate::record::{Globals, Inode, STATE_VERSION, Server, Session};
+use crate::record::{Globals, Inode, Server, Session};
 use crate::{config, keys};
 use cairn_stdx::checksum::crc64;
-use cairn_types::{ChunkId, ClientId, CsId, InodeId, MdsId, VolumeId};
+use cairn_stdx::planted;
+use cairn_types::{ChunkId, ClientId, CsId, InodeId, Level, MdsId, VolumeId};
 use cairn_wire::mds::{Call, CsState, MdsCondition, MdsError, MdsReply, MdsRequest, Push, Severity};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -45,6 +46,10 @@ pub(crate) fn posix(errno: i32) -> MdsError {
 pub struct Meta<K> {
     pub(crate) kv: K,
     pub(crate) globals: Globals,
+    /// The highest level that is read here.
+    reads: Level,
+    /// The store is above it, and was not read.
+    pub(crate) too_new: Option<Level>,
     pub(crate) sessions: BTreeMap<ClientId, Session>,
     pub(crate) servers: BTreeMap<CsId, Server>,
     /// Current copies with a damaged block. Each is replaced, and serves its other blocks until then.
@@ -70,11 +75,21 @@ impl<K: Kv> Meta<K> {
     /// Opens the state in `kv`; an empty store is an empty cluster.
     ///
     /// # Panics
-    /// When the records are of another version or damaged: the base store checks its own pages, so this is a bug.
+    /// When the records are of a later level or damaged: the base store checks its own pages, so this is a bug.
     pub fn open(kv: K) -> Self {
+        let meta = Self::open_at(kv, Level::CURRENT);
+        assert_eq!(meta.too_new, None, "the metadata state is of a later release");
+        meta
+    }
+
+    /// Opens the state for a server that knows the levels up to `reads`. A state above is not read:
+    /// [`Meta::too_new`] tells, and nothing else may be done with it.
+    pub fn open_at(kv: K, reads: Level) -> Self {
         let mut meta = Self {
             kv,
             globals: Globals::default(),
+            reads,
+            too_new: None,
             sessions: BTreeMap::new(),
             servers: BTreeMap::new(),
             damaged: BTreeSet::new(),
@@ -93,8 +108,12 @@ impl<K: Kv> Meta<K> {
 
     /// Reads the resident records from the store.
     fn load(&mut self) {
+        let level = self.kv.view(&[keys::GLOBALS], |bytes| bytes.map(Globals::level_in));
+        self.too_new = level.filter(|level| *level > self.reads && !planted!("newer_state_read_as_old"));
+        if self.too_new.is_some() {
+            return;
+        }
         self.globals = self.kv.view(&[keys::GLOBALS], |bytes| bytes.map(decode_record)).unwrap_or_default();
-        assert_eq!(self.globals.version, STATE_VERSION, "metadata state of another version");
         self.servers.clear();
         self.sessions.clear();
         self.damaged.clear();
@@ -102,7 +121,12 @@ impl<K: Kv> Meta<K> {
         self.slots = None;
         for (key, value) in self.kv.scan(&[keys::SERVER], &[keys::SERVER + 1], usize::MAX) {
             let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
-            self.servers.insert(cs, decode_record(&value));
+            let server = match planted!("newer_state_read_as_old") && self.level() > self.reads {
+                // A reader that takes what it finds and leaves what it does not know.
+                true => decode_record(&value),
+                false => Server::decode(&value, self.level()),
+            };
+            self.servers.insert(cs, server);
         }
         for (key, _) in self.kv.scan(&[keys::DAMAGED], &[keys::DAMAGED + 1], usize::MAX) {
             let cs = CsId(u32::from_be_bytes(key[1..5].try_into().expect("four bytes")));
@@ -116,14 +140,24 @@ impl<K: Kv> Meta<K> {
         }
     }
 
-    /// Applies the command at `index` of the log; indexes rise, though not by one (the log has entries of its own).
-    /// Bytes that are no command change nothing but the index, on every server alike.
+    /// Applies the command in these bytes; those that are no command change nothing but the index. A server does not
+    /// get that far with them: [`Command::decode`] and [`Meta::apply_command`].
     pub fn apply(&mut self, index: u64, command: &[u8]) -> Applied {
+        self.apply_decoded(index, Command::decode(command, self.reads))
+    }
+
+    /// Applies the command at `index` of the log, with its stamp; indexes rise, though not by one (the log has entries
+    /// of its own).
+    pub fn apply_command(&mut self, index: u64, level: Level, command: Command) -> Applied {
+        self.apply_decoded(index, Ok((level, command)))
+    }
+
+    fn apply_decoded(&mut self, index: u64, command: Result<(Level, Command), CommandError>) -> Applied {
         assert!(index > self.globals.applied, "index {index} after {}", self.globals.applied);
         self.globals.applied = index;
         self.writes = 0;
-        let reply = match Command::decode(command) {
-            Ok(command) => self.dispatch(command),
+        let reply = match command {
+            Ok((level, command)) => self.dispatch(level, command),
             Err(error) => Err(MdsError::Invalid(error.to_string())),
         };
         if std::mem::take(&mut self.swept) {
@@ -138,14 +172,20 @@ impl<K: Kv> Meta<K> {
         Applied { reply, effects: std::mem::take(&mut self.effects) }
     }
 
-    fn dispatch(&mut self, command: Command) -> Answer {
+    fn dispatch(&mut self, level: Level, command: Command) -> Answer {
         if let Command::Bootstrap { cluster, name, first, wall_ns } = command {
+            if self.globals.identity.is_none() {
+                self.globals.version = level.0;
+            }
             self.globals.wall_ns = wall_ns;
             return self.bootstrap(cluster, name, first);
         }
         if self.globals.identity.is_none() {
             return Err(MdsError::Unavailable("the cluster is not initialised".into()));
         }
+        let raises =
+            matches!(&command, Command::Call { call, .. } if matches!(call.request, MdsRequest::LevelRaise { .. }));
+        assert!(level <= self.level() || raises, "I15: a command of {level} in a cluster at {}", self.level());
         match command {
             Command::Bootstrap { .. } => unreachable!("handled above"),
             Command::Call { call, wall_ns } => {
@@ -200,6 +240,7 @@ impl<K: Kv> Meta<K> {
             MdsRequest::CsRegister(_)
             | MdsRequest::CsJoin { .. }
             | MdsRequest::CsMark { .. }
+            | MdsRequest::CsBusy { .. }
             | MdsRequest::CsHeartbeat { .. }
             | MdsRequest::CsReport { .. }
             | MdsRequest::MdsAdd { .. } => self.execute(call.session, call.wall_ns, call.request),
@@ -254,6 +295,8 @@ impl<K: Kv> Meta<K> {
             CsAbandon { cs } => self.cs_abandon(cs),
             CsReplace { cs, store } => self.cs_replace(cs, store),
             CsMark { cs, boot, durable } => self.cs_mark(cs, boot, durable),
+            CsBusy { cs, busy } => self.cs_busy(cs, busy),
+            LevelRaise { level } => self.level_raise(level),
             CsHeartbeat { cs, boot, stats, done, damaged, failed } => {
                 let beat = crate::servers::Heartbeat { boot, stats, done, damaged, failed };
                 self.cs_heartbeat(cs, beat)
@@ -317,7 +360,8 @@ impl<K: Kv> Meta<K> {
 
     /// Hash over every record, residents as they are now. Reads everything.
     pub fn full_hash(&self) -> u64 {
-        let servers = self.servers.iter().map(|(cs, server)| encode_plain(&(cs, server)));
+        let level = self.level();
+        let servers = self.servers.iter().map(|(cs, server)| [encode_plain(cs), server.encode(level)].concat());
         let sessions = self.sessions.iter().map(|(client, session)| encode_plain(&(client, session)));
         let residents =
             servers.chain(sessions).fold(crc64(&encode_plain(&self.globals)), |hash, record| mix(hash, crc64(&record)));
@@ -339,7 +383,8 @@ impl<K: Kv> Meta<K> {
     pub fn checkpoint(&mut self) {
         let globals = self.encode_record(&self.globals.clone());
         self.kv.put(&[keys::GLOBALS], globals);
-        let servers: Vec<_> = self.servers.iter().map(|(cs, server)| (*cs, encode_plain(server))).collect();
+        let level = self.level();
+        let servers: Vec<_> = self.servers.iter().map(|(cs, server)| (*cs, server.encode(level))).collect();
         for (cs, value) in servers {
             self.kv.put(&keys::server(keys::SERVER, cs), value);
         }

@@ -6,14 +6,15 @@
 //! reflected or moved to another link. The key is Argon2id of the cluster password salted with the cluster name. What
 //! this protects and what it does not: `docs/design/security.md`.
 
-use cairn_types::{ClusterId, NodeId};
+use cairn_types::{ClusterId, Level, NodeId};
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use std::fmt;
 
-/// Version of the protocol spoken after the handshake; a peer with another one is refused by name.
-pub const PROTOCOL_VERSION: u32 = 1;
+/// Version of the handshake itself; a peer with another one is refused by name. What is spoken after it follows from
+/// the release levels of both sides. 2: the levels are told.
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Shortest password accepted.
 pub const PASSWORD_MIN: usize = 8;
 /// Longest cluster name.
@@ -100,6 +101,8 @@ impl ClusterKey {
 pub struct Hello {
     /// [`PROTOCOL_VERSION`] of the initiator.
     pub protocol: u32,
+    /// Release level of the initiator.
+    pub level: Level,
     /// Name of the cluster it wants.
     pub cluster_name: String,
     /// Identity of that cluster, once known.
@@ -117,6 +120,8 @@ pub enum Challenge {
     Accept {
         /// Who answers.
         node: NodeId,
+        /// Its release level.
+        level: Level,
         /// Identity of its cluster.
         cluster: ClusterId,
         /// Fresh random bytes.
@@ -175,6 +180,17 @@ pub enum AuthError {
     /// The frames do not follow the handshake.
     #[error("the peer broke the handshake: {0}")]
     Malformed(String),
+    /// The releases are too far apart.
+    #[error(
+        "the release that connects is of {connects}, the one that answers is of {answers}, and only neighbouring levels \
+         work together: upgrade the older one, a level at a time (guide: upgrades.md)"
+    )]
+    Level {
+        /// Of the side that connected.
+        connects: Level,
+        /// Of the side that answered.
+        answers: Level,
+    },
 }
 
 /// The initiator's side.
@@ -190,18 +206,27 @@ pub struct Responder {
     key: ClusterKey,
     hello: Vec<u8>,
     challenge: Vec<u8>,
-    peer: NodeId,
+    peer: Peer,
 }
 
-fn transcript_of(node: NodeId, cluster: ClusterId, nonce: &[u8; 32]) -> Vec<u8> {
-    crate::encode(&(node, cluster, nonce))
+/// Who is at the other end of a link, once that is proven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Who it is.
+    pub node: NodeId,
+    /// Its release level.
+    pub level: Level,
+}
+
+fn transcript_of(peer: Peer, cluster: ClusterId, nonce: &[u8; 32]) -> Vec<u8> {
+    crate::encode(&(peer.node, peer.level, cluster, nonce))
 }
 
 impl Initiator {
     /// Starts a handshake; `nonce` must be fresh randomness of the operating system.
-    pub fn new(key: ClusterKey, cluster_name: &str, cluster: Option<ClusterId>, node: NodeId, nonce: [u8; 32]) -> Self {
-        let cluster_name = cluster_name.to_owned();
-        Self { key, hello: Hello { protocol: PROTOCOL_VERSION, cluster_name, cluster, node, nonce } }
+    pub fn new(key: ClusterKey, cluster_name: &str, cluster: Option<ClusterId>, us: Peer, nonce: [u8; 32]) -> Self {
+        let (cluster_name, Peer { node, level }) = (cluster_name.to_owned(), us);
+        Self { key, hello: Hello { protocol: PROTOCOL_VERSION, level, cluster_name, cluster, node, nonce } }
     }
 
     /// The first frame's prefix.
@@ -213,20 +238,23 @@ impl Initiator {
     ///
     /// # Errors
     /// [`AuthError`]: refused by the responder, or the responder is not what it should be.
-    pub fn challenged(&self, bytes: &[u8]) -> Result<(Vec<u8>, NodeId, ClusterId), AuthError> {
+    pub fn challenged(&self, bytes: &[u8]) -> Result<(Vec<u8>, Peer, ClusterId), AuthError> {
         let challenge = crate::decode("challenge", bytes).map_err(|error| AuthError::Malformed(error.to_string()))?;
-        let (node, cluster, nonce, proof) = match challenge {
-            Challenge::Accept { node, cluster, nonce, proof } => (node, cluster, nonce, proof),
+        let (peer, cluster, nonce, proof) = match challenge {
+            Challenge::Accept { node, level, cluster, nonce, proof } => (Peer { node, level }, cluster, nonce, proof),
             Challenge::Refuse(error) => return Err(error),
         };
-        let (hello, theirs) = (self.hello(), transcript_of(node, cluster, &nonce));
+        let (hello, theirs) = (self.hello(), transcript_of(peer, cluster, &nonce));
         let expected = self.key.mac("responder", &[&hello, &theirs]);
         expected.verify_slice(&proof).map_err(|_| AuthError::Password)?;
         if let Some(ours) = self.hello.cluster.filter(|ours| *ours != cluster) {
             return Err(AuthError::ClusterId { theirs: cluster, ours });
         }
+        if !self.hello.level.works_with(peer.level) {
+            return Err(AuthError::Level { connects: self.hello.level, answers: peer.level });
+        }
         let proof = self.key.mac("initiator", &[&hello, &theirs]).finalize().into_bytes().into();
-        Ok((crate::encode(&Proof { proof }), node, cluster))
+        Ok((crate::encode(&Proof { proof }), peer, cluster))
     }
 
     /// Reads the responder's verdict.
@@ -248,17 +276,22 @@ impl Responder {
         key: &ClusterKey,
         cluster_name: &str,
         cluster: ClusterId,
-        node: NodeId,
+        us: Peer,
         nonce: [u8; 32],
         bytes: &[u8],
     ) -> (Vec<u8>, Result<Self, AuthError>) {
         let refuse = |error: AuthError| (crate::encode(&Challenge::Refuse(error.clone())), Err(error));
+        // The version comes first: of another one nothing else is read.
+        if let Some(ours) = postcard::take_from_bytes(bytes).ok().map(|(it, _)| it).filter(|it| *it != PROTOCOL_VERSION)
+        {
+            return refuse(AuthError::Protocol { theirs: PROTOCOL_VERSION, ours });
+        }
         let hello: Hello = match crate::decode("hello", bytes) {
             Ok(hello) => hello,
             Err(error) => return refuse(AuthError::Malformed(error.to_string())),
         };
-        if hello.protocol != PROTOCOL_VERSION {
-            return refuse(AuthError::Protocol { theirs: PROTOCOL_VERSION, ours: hello.protocol });
+        if !us.level.works_with(hello.level) {
+            return refuse(AuthError::Level { connects: hello.level, answers: us.level });
         }
         if hello.cluster_name != cluster_name {
             return refuse(AuthError::ClusterName { theirs: cluster_name.to_owned(), ours: hello.cluster_name });
@@ -266,14 +299,16 @@ impl Responder {
         if let Some(wanted) = hello.cluster.filter(|wanted| *wanted != cluster) {
             return refuse(AuthError::ClusterId { theirs: cluster, ours: wanted });
         }
-        let ours = transcript_of(node, cluster, &nonce);
+        let ours = transcript_of(us, cluster, &nonce);
         let proof = key.mac("responder", &[bytes, &ours]).finalize().into_bytes().into();
-        let challenge = crate::encode(&Challenge::Accept { node, cluster, nonce, proof });
-        (challenge, Ok(Self { key: key.clone(), hello: bytes.to_vec(), challenge: ours, peer: hello.node }))
+        let Peer { node, level } = us;
+        let challenge = crate::encode(&Challenge::Accept { node, level, cluster, nonce, proof });
+        let peer = Peer { node: hello.node, level: hello.level };
+        (challenge, Ok(Self { key: key.clone(), hello: bytes.to_vec(), challenge: ours, peer }))
     }
 
     /// Judges the initiator's proof: the fourth frame's prefix, and who the initiator is.
-    pub fn judge(self, bytes: &[u8]) -> (Vec<u8>, Result<NodeId, AuthError>) {
+    pub fn judge(self, bytes: &[u8]) -> (Vec<u8>, Result<Peer, AuthError>) {
         let verdict = crate::decode::<Proof>("proof", bytes)
             .map_err(|error| AuthError::Malformed(error.to_string()))
             .and_then(|proof| {
@@ -289,10 +324,16 @@ mod tests {
     use super::*;
     use cairn_types::{CsId, MdsId};
 
-    fn shake(ours: &ClusterKey, theirs: &ClusterKey, name: &str) -> Result<NodeId, AuthError> {
+    const CS: Peer = Peer { node: NodeId::Cs(CsId(1025)), level: Level::CURRENT };
+    const MDS: Peer = Peer { node: NodeId::Mds(MdsId(1)), level: Level::CURRENT };
+
+    fn shake(ours: &ClusterKey, theirs: &ClusterKey, name: &str) -> Result<Peer, AuthError> {
+        shake_as(CS, ours, MDS, theirs, name)
+    }
+
+    fn shake_as(cs: Peer, ours: &ClusterKey, mds: Peer, theirs: &ClusterKey, name: &str) -> Result<Peer, AuthError> {
         let cluster = ClusterId([7; 16]);
-        let initiator = Initiator::new(ours.clone(), name, Some(cluster), NodeId::Cs(CsId(1025)), [1; 32]);
-        let mds = NodeId::Mds(MdsId(1));
+        let initiator = Initiator::new(ours.clone(), name, Some(cluster), cs, [1; 32]);
         let (challenge, responder) = Responder::answer(theirs, "stor1", cluster, mds, [2; 32], &initiator.hello());
         let (proof, node, _) = initiator.challenged(&challenge)?;
         assert_eq!(node, mds);
@@ -305,7 +346,7 @@ mod tests {
     fn both_sides_must_hold_the_key() {
         let key = ClusterKey::derive("stor1", "correct horse").unwrap();
         let other = ClusterKey::derive("stor1", "wrong horse!").unwrap();
-        assert_eq!(shake(&key, &key, "stor1"), Ok(NodeId::Cs(CsId(1025))));
+        assert_eq!(shake(&key, &key, "stor1"), Ok(CS));
         assert_eq!(shake(&key, &other, "stor1"), Err(AuthError::Password));
         assert!(matches!(shake(&key, &key, "stor2"), Err(AuthError::ClusterName { .. })));
         assert_eq!(ClusterKey::from_hex(&key.to_hex()), Some(key));
@@ -315,11 +356,10 @@ mod tests {
     fn a_responder_refuses_a_wrong_proof_and_a_replayed_one() {
         let key = ClusterKey::derive("stor1", "correct horse").unwrap();
         let cluster = ClusterId([7; 16]);
-        let initiator = Initiator::new(key.clone(), "stor1", None, NodeId::Cs(CsId(1025)), [1; 32]);
-        let node = NodeId::Mds(MdsId(1));
-        let (first, _) = Responder::answer(&key, "stor1", cluster, node, [2; 32], &initiator.hello());
+        let initiator = Initiator::new(key.clone(), "stor1", None, CS, [1; 32]);
+        let (first, _) = Responder::answer(&key, "stor1", cluster, MDS, [2; 32], &initiator.hello());
         let (proof, ..) = initiator.challenged(&first).unwrap();
-        let (_, second) = Responder::answer(&key, "stor1", cluster, node, [3; 32], &initiator.hello());
+        let (_, second) = Responder::answer(&key, "stor1", cluster, MDS, [3; 32], &initiator.hello());
         assert_eq!(second.unwrap().judge(&proof).1, Err(AuthError::Password));
     }
 
@@ -327,5 +367,27 @@ mod tests {
     fn passwords_and_names_are_checked() {
         assert!(matches!(ClusterKey::derive("stor1", "short"), Err(PasswordError::TooShort(5))));
         assert!(matches!(ClusterKey::derive("stor 1", "long enough"), Err(PasswordError::Name(_))));
+    }
+
+    #[test]
+    fn neighbouring_levels_work_together_and_others_are_refused_by_name() {
+        let key = ClusterKey::derive("stor1", "correct horse").unwrap();
+        let at = |peer: Peer, level: u32| Peer { level: Level(level), ..peer };
+        let shake = |cs, mds| shake_as(at(CS, cs), &key, at(MDS, mds), &key, "stor1");
+        assert_eq!(shake(6, 7), Ok(at(CS, 6)));
+        assert_eq!(shake(8, 7), Ok(at(CS, 8)));
+        for (cs, mds) in [(5, 7), (7, 5)] {
+            let refused = shake(cs, mds).unwrap_err();
+            assert_eq!(refused, AuthError::Level { connects: Level(cs), answers: Level(mds) });
+            assert!(refused.to_string().contains(&format!("connects is of level {cs}")), "{refused}");
+        }
+    }
+
+    #[test]
+    fn another_handshake_is_refused_by_its_number() {
+        let key = ClusterKey::derive("stor1", "correct horse").unwrap();
+        let hello = crate::encode(&(1u32, "stor1", Some(ClusterId([7; 16])), CS.node, [1u8; 32]));
+        let (_, refused) = Responder::answer(&key, "stor1", ClusterId([7; 16]), MDS, [2; 32], &hello);
+        assert_eq!(refused.unwrap_err(), AuthError::Protocol { theirs: PROTOCOL_VERSION, ours: 1 });
     }
 }

@@ -4,7 +4,7 @@
 //! that change something. A changing call carries the session and a call number, so that a retry after a lost answer
 //! takes effect once (I18): the state machine remembers the answers a session has not acknowledged yet.
 
-use cairn_types::{ChunkId, ClientId, ClusterId, CsId, Epoch, HostId, InodeId, MdsId, VolumeId};
+use cairn_types::{ChunkId, ClientId, ClusterId, CsId, Epoch, HostId, InodeId, Level, MdsId, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -543,6 +543,21 @@ pub enum MdsRequest {
         /// It has lost its state, not its log: it wants an image that contains this index. Zero otherwise.
         state_wanted: u64,
     },
+    /// Release levels of the cluster and of everybody in it, as the leader hears them; answered by
+    /// [`MdsReply::Levels`].
+    Levels,
+    /// Raises the cluster to the next level: there is no way back. Refused while somebody is not at it.
+    LevelRaise {
+        /// The level.
+        level: Level,
+    },
+    /// How busy a chunk server is; answered by [`MdsReply::Done`]. Of [`Level::BUSY`].
+    CsBusy {
+        /// The server.
+        cs: CsId,
+        /// Share of the time with requests of clients under way, in thousandths.
+        busy: u16,
+    },
 }
 
 /// Answers.
@@ -705,6 +720,15 @@ pub enum MdsReply {
         /// again while this is not zero.
         left: u64,
     },
+    /// Release levels.
+    Levels {
+        /// Of the cluster: what may be used.
+        cluster: Level,
+        /// Of the leader that answers.
+        leader: Level,
+        /// Of all others: metadata servers, chunk servers, clients.
+        members: Vec<MemberLevel>,
+    },
 }
 
 /// Why a call was refused.
@@ -813,6 +837,14 @@ pub struct ImagePiece {
 }
 
 impl MdsRequest {
+    /// The lowest release level that knows the request: it is sent only in clusters at that level.
+    pub fn level(&self) -> Level {
+        match self {
+            Self::CsBusy { .. } => Level::BUSY,
+            _ => Level::FIRST,
+        }
+    }
+
     /// True when the call changes nothing: it needs no call number and any server may answer it after a read index.
     pub fn is_read(&self) -> bool {
         use MdsRequest::*;
@@ -840,6 +872,7 @@ impl MdsRequest {
                 | KvGet { .. }
                 | KvList { .. }
                 | StatePage { .. }
+                | Levels
         )
     }
 }

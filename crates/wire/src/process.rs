@@ -10,7 +10,7 @@
 
 use crate::frame::{Frame, FrameKind};
 use cairn_env::{Buf, DiskDone, DiskRequest};
-use cairn_types::{Instant, NodeId};
+use cairn_types::{Instant, Level, NodeId};
 use std::net::SocketAddr;
 
 /// A link to another process. Ids chosen by the process (for [`NetEffect::Connect`]) have the top bit clear and rise;
@@ -50,6 +50,8 @@ pub enum NetEvent {
         link: LinkId,
         /// Who is at the other end.
         peer: NodeId,
+        /// Its release level.
+        level: Level,
     },
     /// A link ended, or could not be opened. Its id is dead.
     Down {

@@ -18,7 +18,7 @@ pub const TARGET: Target = Target {
 
 fn answer(bytes: &[u8]) -> (Vec<u8>, Result<Responder, AuthError>) {
     let (key, cluster) = (samples::key(), samples::CLUSTER);
-    Responder::answer(&key, "stor1", cluster, NodeId::Mds(MdsId(1)), [2; 32], bytes)
+    Responder::answer(&key, "stor1", cluster, samples::at_present(NodeId::Mds(MdsId(1))), [2; 32], bytes)
 }
 
 /// Pieces by kind: hello, challenge, proof, verdict.

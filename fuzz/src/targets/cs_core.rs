@@ -7,7 +7,7 @@ use cairn_env::{DiskRequest, IoId};
 use cairn_env_sim::SimDisk;
 use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
-use cairn_types::{ChunkId, ChunkVersion, CsId, HostId, VolumeId};
+use cairn_types::{ChunkId, ChunkVersion, CsId, HostId, Level, VolumeId};
 use cairn_wire::FrameKind;
 use cairn_wire::mds::{CsOrder, Location, MdsError, MdsReply};
 use std::cell::RefCell;
@@ -44,6 +44,7 @@ fn run(bytes: &[u8]) {
     let disk = BASE.with(|base| base.borrow_mut().get_or_insert_with(formatted).clone());
     let config = CsConfig {
         cs: None,
+        level: Level::CURRENT,
         cluster: samples::CLUSTER,
         store: STORE,
         addr: samples::addr(6001),

@@ -7,7 +7,7 @@ use cairn_env::DiskOp;
 use cairn_env_sim::SimDisk;
 use cairn_mds::{MdsConfig, MdsCore, MemBase};
 use cairn_stdx::Rng;
-use cairn_types::{ClientId, HostId, MdsId};
+use cairn_types::{ClientId, HostId, Level, MdsId};
 use cairn_wire::FrameKind;
 use cairn_wire::mds::{Call, MdsInfo, MdsRequest, SessionKind};
 use std::cell::RefCell;
@@ -54,6 +54,7 @@ fn run(bytes: &[u8]) {
     let addr = samples::addr(7001);
     let config = MdsConfig {
         id: MdsId(1),
+        level: Level::CURRENT,
         cluster: samples::CLUSTER,
         cluster_name: "stor1".into(),
         addr,

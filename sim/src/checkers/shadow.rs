@@ -32,6 +32,8 @@ pub enum Invariant {
     I10,
     /// After a failed flush nothing depends on the device until it was verified again.
     I12,
+    /// Neighbouring releases run mixed, and back again, until the cluster is raised.
+    I15,
     /// A full cluster goes on reading and deleting, loses nothing, and what is returned can be used again.
     I16,
     /// The log is kept; equal index, equal state.

@@ -12,7 +12,7 @@ use cairn_meta::recover::{Listing, Report};
 use cairn_meta::{BaseKv, MemKv};
 use cairn_stdx::Rng;
 use cairn_store::{Store, StoreConfig, StoreOptions};
-use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, MdsId, NodeId};
+use cairn_types::{ClientId, ClusterId, CsId, Duration, HostId, Level, MdsId, NodeId};
 use cairn_wire::mds::{Location, MdsInfo, SessionKind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -43,6 +43,8 @@ pub(super) struct MdsNode {
     pub node: NodeIndex,
     /// Out of the cluster: never started again.
     pub retired: bool,
+    /// The release its next start is of.
+    pub level: Level,
     base: MemBase,
     config: MdsConfig,
 }
@@ -65,6 +67,8 @@ pub(super) struct CsNode {
     pub id: Option<CsId>,
     /// Out of the cluster: never started again.
     pub retired: bool,
+    /// The release its next start is of.
+    pub level: Level,
     config: CsConfig,
 }
 
@@ -94,6 +98,8 @@ pub(super) struct Shape {
     pub fail_when_full: bool,
     /// Clients carry mounts, which wait for room themselves.
     pub mounts: bool,
+    /// The release every process is first started with.
+    pub level: Level,
 }
 
 /// All machines.
@@ -102,6 +108,8 @@ pub(super) struct Cluster {
     pub mds: Vec<MdsNode>,
     pub cs: Vec<CsNode>,
     pub clients: Vec<NodeIndex>,
+    /// The releases their next starts are of.
+    pub client_levels: Vec<Level>,
     /// A client nobody kills, through which servers are added and removed.
     pub operator: Option<NodeIndex>,
     pub shape: Shape,
@@ -146,7 +154,8 @@ impl Cluster {
     pub fn new(seed: u64, shape: Shape, rng: Rng) -> Self {
         let world = World::new(seed);
         let (mds, cs, clients, addresses) = (Vec::new(), Vec::new(), Vec::new(), BTreeMap::new());
-        Self { world, mds, cs, clients, operator: None, shape, addresses, away: BTreeSet::new(), rng }
+        let client_levels = Vec::new();
+        Self { world, mds, cs, clients, client_levels, operator: None, shape, addresses, away: BTreeSet::new(), rng }
     }
 
     fn next_rng(&mut self) -> Rng {
@@ -202,8 +211,10 @@ impl Cluster {
             .expect("an image in memory takes everything");
         let log = log_config(id);
         let disk = format_disk(MDS_LOG, Consensus::format(&log, instance, &initial));
+        let level = self.shape.level;
         let config = MdsConfig {
             id,
+            level,
             cluster: CLUSTER,
             cluster_name: CLUSTER_NAME.to_owned(),
             addr,
@@ -214,7 +225,7 @@ impl Cluster {
             checkpoint_bytes: self.shape.checkpoint_bytes,
         };
         let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
-        self.mds.push(MdsNode { node, retired: false, base, config });
+        self.mds.push(MdsNode { node, retired: false, level, base, config });
         self.start_mds(self.mds.len() - 1);
         (0..self.cs.len()).for_each(|index| self.start_cs(index));
     }
@@ -236,8 +247,10 @@ impl Cluster {
         if bootstrap {
             servers = vec![MdsInfo { mds: id, addr, voter: true, repository: String::new() }];
         }
+        let level = self.shape.level;
         let config = MdsConfig {
             id,
+            level,
             cluster: CLUSTER,
             cluster_name: CLUSTER_NAME.to_owned(),
             addr,
@@ -248,7 +261,7 @@ impl Cluster {
             checkpoint_bytes: self.shape.checkpoint_bytes,
         };
         let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
-        self.mds.push(MdsNode { node, retired: false, base: MemBase::default(), config });
+        self.mds.push(MdsNode { node, retired: false, level, base: MemBase::default(), config });
         self.start_mds(self.mds.len() - 1);
     }
 
@@ -257,7 +270,9 @@ impl Cluster {
         let rng = self.next_rng();
         let mds = &self.mds[index];
         if self.world.nodes[mds.node.0].process.is_none() && !mds.retired {
-            let core: SimMds = MdsCore::new(mds.config.clone(), mds.base.reopen(), rng);
+            let config = MdsConfig { level: mds.level, ..mds.config.clone() };
+            let core: SimMds = MdsCore::new(config, mds.base.reopen(), rng);
+            self.world.nodes[mds.node.0].level = mds.level;
             self.world.start(mds.node, Box::new(core));
         }
     }
@@ -337,8 +352,10 @@ impl Cluster {
             room: none(),
             site: none(),
         };
+        let level = self.shape.level;
         let config = CsConfig {
             cs: None,
+            level,
             cluster: CLUSTER,
             store,
             addr: addr(2, index),
@@ -352,7 +369,7 @@ impl Cluster {
             scrub_chunks_per_minute: self.shape.scrub,
         };
         let node = self.world.add_node(config.addr, NodeId::Cs(CsId(0)), vec![disk]);
-        self.cs.push(CsNode { node, id: None, retired: false, config });
+        self.cs.push(CsNode { node, id: None, retired: false, level, config });
         self.start_cs(index);
     }
 
@@ -372,11 +389,12 @@ impl Cluster {
         let store = Store::new(self.shape.cs_disk, self.store_options(index));
         let cs = &self.cs[index];
         if self.world.nodes[cs.node.0].process.is_none() && !cs.retired {
-            let (node, id) = (cs.node, cs.id);
-            let config = CsConfig { cs: id, ..cs.config.clone() };
+            let (node, id, level) = (cs.node, cs.id, cs.level);
+            let config = CsConfig { cs: id, level, ..cs.config.clone() };
             let Addresses { given, known } = self.addresses_at_start(node);
             let config = CsConfig { mds: given, mds_known: known, ..config };
             self.world.nodes[node.0].identity = NodeId::Cs(id.unwrap_or(CsId(0)));
+            self.world.nodes[node.0].level = level;
             self.world.start(node, Box::new(CsCore::new(config, store, rng)));
         }
     }
@@ -411,6 +429,8 @@ impl Cluster {
         let index = self.clients.len();
         let node = self.world.add_node(addr(3, index), NodeId::Client(ClientId(0)), Vec::new());
         self.clients.push(node);
+        // Where disks are small clients are not restarted, and are of the newer release from the start.
+        self.client_levels.push(if self.shape.fail_when_full { Level::CURRENT } else { self.shape.level });
         self.start_client(index);
         index
     }
@@ -420,6 +440,7 @@ impl Cluster {
         let rng = self.next_rng();
         let node = self.clients[index];
         if self.world.nodes[node.0].process.is_none() {
+            self.world.nodes[node.0].level = self.client_levels[index];
             self.start_client_at(node, index, rng);
         }
     }
@@ -429,6 +450,7 @@ impl Cluster {
         let index = 100;
         let node = self.world.add_node(addr(3, index), NodeId::Client(ClientId(0)), Vec::new());
         self.operator = Some(node);
+        self.world.nodes[node.0].level = Level::CURRENT;
         let rng = self.next_rng();
         self.start_client_at(node, index, rng);
     }

@@ -20,6 +20,11 @@ use cairn_wire::mds::MdsRequest;
 pub(crate) const SEEDS_DISASTER_OF: u64 = 19;
 pub(crate) const SEEDS_DISASTER: [u64; 2] = [12, 18];
 
+/// True when all metadata servers are lost in this seed.
+pub(super) fn is_disaster(seed: u64) -> bool {
+    SEEDS_DISASTER.contains(&(seed % SEEDS_DISASTER_OF))
+}
+
 /// Virtual time a recovered cluster gets to come up.
 const COMES_UP_WITHIN: u64 = 120 * SECOND;
 
@@ -34,7 +39,7 @@ pub(super) struct Disaster {
 
 impl Scenario {
     pub(super) fn has_disaster(&self) -> bool {
-        self.fsx.is_none() && SEEDS_DISASTER.contains(&(self.seed % SEEDS_DISASTER_OF))
+        self.fsx.is_none() && is_disaster(self.seed)
     }
 
     /// Half of the disasters find a backup: the image of the leader amid the faults, which is what a backup reads.

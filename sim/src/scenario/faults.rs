@@ -91,8 +91,7 @@ impl Scenario {
         match kind {
             FaultKind::KillCs => {
                 let index = self.faults.rng.below(self.cluster.cs.len() as u64) as usize;
-                let on_copy = self.faults.old_copy.as_ref().is_some_and(|copy| copy.is_in && copy.index == index);
-                if !on_copy && self.cluster.is_running(self.cluster.cs[index].node) {
+                if !self.is_on_copy(index) && self.cluster.is_running(self.cluster.cs[index].node) {
                     self.cluster.world.kill(self.cluster.cs[index].node);
                     self.later(Restore::StartCs(index));
                 }
@@ -166,6 +165,41 @@ impl Scenario {
             FaultKind::Members => self.change_members()?,
             FaultKind::WrongDisk => self.do_wrong(),
             FaultKind::RestartWrong => self.restart_wrong(),
+        }
+        Ok(())
+    }
+
+    fn is_on_copy(&self, index: usize) -> bool {
+        self.faults.old_copy.as_ref().is_some_and(|copy| copy.is_in && copy.index == index)
+    }
+
+    /// Ends a metadata server, if it runs, and starts it again after a while.
+    pub(super) fn kill_mds_for(&mut self, index: usize, after: u64) {
+        if self.cluster.is_running(self.cluster.mds[index].node) {
+            self.learn_sets();
+            self.cluster.world.kill(self.cluster.mds[index].node);
+            self.restore_after(after, Restore::StartMds(index));
+        }
+    }
+
+    /// As [`Self::kill_mds_for`], a chunk server; false when it has to stay as it is for now.
+    pub(super) fn kill_cs_for(&mut self, index: usize, after: u64) -> bool {
+        if self.is_on_copy(index) || self.members.replaces_a_disk() {
+            return false;
+        }
+        if self.cluster.is_running(self.cluster.cs[index].node) {
+            self.cluster.world.kill(self.cluster.cs[index].node);
+            self.restore_after(after, Restore::StartCs(index));
+        }
+        true
+    }
+
+    /// As [`Self::kill_mds_for`], a client.
+    pub(super) fn kill_client_for(&mut self, index: usize, after: u64) -> Verdict {
+        if self.cluster.is_running(self.cluster.clients[index]) {
+            self.cluster.world.kill(self.cluster.clients[index]);
+            self.client_died(index)?;
+            self.restore_after(after, Restore::StartClient(index));
         }
         Ok(())
     }

@@ -23,6 +23,8 @@ pub(super) enum Kind {
     Setup,
     /// A call of the operator's.
     Operator,
+    /// The operator's call to raise the cluster.
+    Raise,
     Open {
         volume: usize,
     },
@@ -510,6 +512,10 @@ impl Scenario {
         let Some(Pending { client, since, kind }) = self.pending.remove(&token) else { return Ok(()) };
         if let (&Kind::Shared { call, op }, Answer::Call(result)) = (&kind, &answer) {
             return self.on_shared_name(call, op, result.clone());
+        }
+        if let (Kind::Raise, Answer::Call(result)) = (&kind, &answer) {
+            self.on_raise(result);
+            return Ok(());
         }
         if let (Kind::Operator, Answer::Call(result)) = (&kind, &answer) {
             return self.on_operator(result.clone());

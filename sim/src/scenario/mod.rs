@@ -15,6 +15,7 @@ mod members;
 mod names;
 mod plan;
 mod setup;
+mod skew;
 mod verify;
 mod wrong;
 
@@ -39,8 +40,9 @@ use members::Members;
 use plan::Plan;
 pub(crate) use plan::{
     SEEDS_CUT_HOST, SEEDS_FLUSH_FAILS, SEEDS_FULL, SEEDS_FULL_MDS, SEEDS_FULL_MDS_OF, SEEDS_ISLAND, SEEDS_MEMBERS,
-    SEEDS_OF, SEEDS_OLD_COPY,
+    SEEDS_OF, SEEDS_OLD_COPY, SEEDS_SKEW, SEEDS_SKEW_OF,
 };
+use skew::Skew;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -52,9 +54,11 @@ pub(crate) type Verdict = Result<(), Box<Broken>>;
 
 /// How often the driver looks around.
 const LOOK_EVERY: u64 = 50 * MS;
-/// Driver tokens: the look, faults, the load of one client, its work on shared names, and restorations from here on.
+/// Driver tokens: the look, faults, restarts with another release, the load of one client, its work on shared names,
+/// and restorations from here on.
 const TOKEN_LOOK: u64 = 0;
 const TOKEN_FAULT: u64 = 1;
+const TOKEN_SKEW: u64 = 2;
 const TOKEN_CLIENT: u64 = 16;
 const TOKEN_NAMES: u64 = 512;
 const TOKEN_RESTORE: u64 = 1024;
@@ -93,6 +97,7 @@ pub(crate) struct Scenario {
     faults: Faults,
     members: Members,
     wrong: Option<WrongDisk>,
+    skew: Skew,
     eras: Eras,
     pending: BTreeMap<u64, Pending>,
     mailbox: Mailbox,
@@ -127,6 +132,7 @@ impl Scenario {
         cluster.world.verbose = options.verbose;
         cluster.world.frames = options.frames;
         cluster.world.net.slow_one_in = plan.slow_one_in;
+        cluster.world.watch_levels = plan.skew;
         let loads = (0..plan.shape.clients as u64).map(|i| Load::new(rng.split(100 + i))).collect();
         let eras = Eras::new(plan.shape.cs);
         let faults = Faults::new(rng.split(13));
@@ -141,6 +147,7 @@ impl Scenario {
             faults,
             members: Members::new(rng.split(14)),
             wrong,
+            skew: Skew::new(rng.split(19)),
             eras,
             pending: BTreeMap::new(),
             mailbox: Mailbox::default(),
@@ -176,6 +183,7 @@ impl Scenario {
         }
         self.cluster.world.wake_driver(SECOND, TOKEN_FAULT);
         let (half, until) = (self.now() + self.plan.chaos_ns / 2, self.now() + self.plan.chaos_ns);
+        self.begin_skew();
         self.run_until(half, |_| false)?;
         self.back_metadata_up();
         self.run_until(until, |_| false)?;
@@ -188,6 +196,7 @@ impl Scenario {
         }
         self.cluster.world.note(format_args!("healed; {} operations in flight", self.pending.len()));
         self.wait("changes of membership", members::ENDS_WITHIN, |s| s.members.is_idle())?;
+        self.finish_skew()?;
         self.wait("operations in flight", END_WITHIN, |s| s.pending.is_empty())?;
         self.lose_all_metadata()?;
         self.verify().map_err(|broken| self.as_found(broken))
@@ -256,6 +265,7 @@ impl Scenario {
         match token {
             TOKEN_LOOK => self.look(),
             TOKEN_FAULT => self.next_fault(),
+            TOKEN_SKEW => self.next_of_skew(),
             TOKEN_NAMES..TOKEN_RESTORE if self.fsx.is_some() => {
                 self.tick_mount((token - TOKEN_NAMES) as usize);
                 Ok(())
@@ -283,8 +293,12 @@ impl Scenario {
     fn look(&mut self) -> Verdict {
         self.cluster.world.wake_driver(LOOK_EVERY, TOKEN_LOOK);
         self.cluster.keep_what_is_told();
-        if let Some((node, why)) =
-            self.cluster.world.fatal.pop().filter(|(node, _)| !self.may_give_up(*node) && !self.may_leave(*node))
+        if let Some((node, why)) = self
+            .cluster
+            .world
+            .fatal
+            .pop()
+            .filter(|(node, _)| !self.may_give_up(*node) && !self.may_leave(*node) && !self.is_too_old(*node))
         {
             return Err(broken(Invariant::I17, format!("{node:?} gave up: {why}")));
         }
@@ -301,6 +315,7 @@ impl Scenario {
                 return Err(broken(Invariant::I11, detail));
             }
         }
+        self.check_levels()?;
         self.tend_members();
         self.tend_wrong_disk()?;
         self.release_recalled();

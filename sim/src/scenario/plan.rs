@@ -2,11 +2,11 @@
 //! a seed that knows few kinds of fault goes deeper into each).
 
 use super::cluster::{CS_DISK, Shape};
-use super::disaster::{SEEDS_DISASTER, SEEDS_DISASTER_OF};
+use super::disaster::is_disaster;
 use super::wrong::Wrong;
 use crate::world::{MS, SECOND};
 use cairn_stdx::Rng;
-use cairn_types::BLOCK_SIZE_U64;
+use cairn_types::{BLOCK_SIZE_U64, Level};
 
 /// Kinds of fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,6 +60,14 @@ pub(crate) const SEEDS_FULL_MDS_OF: u64 = 17;
 pub(crate) const SEEDS_FULL_MDS: u64 = 5;
 pub(crate) const SEEDS_FULL: u64 = 3;
 pub(crate) const SEEDS_MEMBERS: u64 = 17;
+
+/// Beside all that, seeds with this remainder are made by the older release, and processes are restarted with the newer
+/// one and back.
+pub(crate) const SEEDS_SKEW_OF: u64 = 29;
+pub(crate) const SEEDS_SKEW: u64 = 15;
+/// These are of the newer release from the start; all others of the older one, which keeps the seeds of the regression
+/// list what they were.
+const SEEDS_NEWEST: [u64; 2] = [17, 21];
 
 /// What shows gaps that docs/status.md names is drawn only where the build was told so (`CAIRN_SIM_WIDE=1`): clients
 /// that die or lose their leases while disks are full, after which volumes cannot be opened for want of room; and stops
@@ -136,6 +144,8 @@ pub(super) struct Plan {
     pub files: Option<FilesPlan>,
     /// What one disk does wrong.
     pub wrong: Option<Wrong>,
+    /// Processes are restarted with another release.
+    pub skew: bool,
 }
 
 /// The files of a seed.
@@ -199,6 +209,7 @@ impl Plan {
             cs_disk: CS_DISK,
             fail_when_full: false,
             mounts: false,
+            level: if SEEDS_NEWEST.contains(&(seed % SEEDS_SKEW_OF)) { Level::CURRENT } else { Level::OLDEST },
         };
         let volume = |rng: &mut Rng| {
             let replicas = rng.range(1, 4).max(rng.range(1, 4)) as u8;
@@ -220,6 +231,7 @@ impl Plan {
                 volume.replicas = volume.replicas.max(2);
             }
         }
+        let faults_rot = faults.contains(&FaultKind::Rot);
         let mut plan = Self {
             shape,
             volumes,
@@ -234,6 +246,7 @@ impl Plan {
             full: false,
             files: None,
             wrong: None,
+            skew: false,
         };
         if !faultless && !plan.faults.contains(&FaultKind::Rot) {
             match seed % SEEDS_OF {
@@ -256,12 +269,15 @@ impl Plan {
             }
         }
         let of_others = [SEEDS_CUT_HOST, SEEDS_ISLAND, SEEDS_FLUSH_FAILS, SEEDS_OLD_COPY, SEEDS_MEMBERS, SEEDS_FULL];
-        let taken = of_others.contains(&(seed % SEEDS_OF))
-            || seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS
-            || SEEDS_DISASTER.contains(&(seed % SEEDS_DISASTER_OF));
+        let taken =
+            of_others.contains(&(seed % SEEDS_OF)) || seed % SEEDS_FULL_MDS_OF == SEEDS_FULL_MDS || is_disaster(seed);
         if !faultless && !taken {
             plan.draw_wrong(Wrong::of(seed), rng);
         }
+        // Restarts could leave the copy alone that rotted or that a disk did wrong to, and recovered metadata are of
+        // the first level again.
+        let only_copy = faults_rot || plan.wrong.is_some();
+        plan.skew = seed % SEEDS_SKEW_OF == SEEDS_SKEW && !faultless && !only_copy && !is_disaster(seed);
         plan
     }
 
@@ -295,7 +311,7 @@ impl Plan {
     /// get through would leave the lost one alone in it.
     pub fn may_lose_a_disk(&self) -> bool {
         let harmless = |fault: &FaultKind| *fault == FaultKind::Members || WITH_ROT.contains(fault);
-        self.faults.iter().all(harmless) && self.volumes.iter().all(|volume| volume.replicas >= 2)
+        !self.skew && self.faults.iter().all(harmless) && self.volumes.iter().all(|volume| volume.replicas >= 2)
     }
 
     /// Servers that hold about two thirds of what clients want to write, and few faults, so that they get full.
@@ -340,14 +356,16 @@ impl Plan {
         let volumes: Vec<String> =
             self.volumes.iter().map(|v| format!("{}:{}/{}", v.replicas, v.minimum, v.unit)).collect();
         format!(
-            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}{}",
+            "{} MDS, {} CS{}, {} clients, volumes {}, faults {:?}{}, release {}{}",
             shape.mds,
             shape.cs,
             if self.full { format!(" of {} MiB", shape.cs_disk >> 20) } else { String::new() },
             shape.clients,
             volumes.join(" "),
             self.faults,
-            self.wrong.map_or_else(String::new, |wrong| format!(", {wrong:?}"))
+            self.wrong.map_or_else(String::new, |wrong| format!(", {wrong:?}")),
+            shape.level,
+            if self.skew { " and up" } else { "" }
         )
     }
 }

@@ -39,7 +39,7 @@ impl Scenario {
                 })
             })?;
         }
-        if self.plan.faults.contains(&FaultKind::Members) || self.wrong.is_some() {
+        if self.plan.faults.contains(&FaultKind::Members) || self.wrong.is_some() || self.plan.skew {
             self.cluster.create_operator();
         }
         for _ in 0..self.plan.shape.cs {

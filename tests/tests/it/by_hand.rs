@@ -10,62 +10,89 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
 const PASSWORD: &str = "correct horse\n";
 
 /// One node: its own `/etc/cairn`, and the servers it runs.
-struct Node {
+pub struct Node {
     etc: PathBuf,
     root: PathBuf,
-    running: Vec<(String, Child)>,
+    pub running: Vec<(String, Child)>,
+    /// What it runs is of this release level; none for the present one.
+    pub level: Option<u32>,
 }
 
 impl Node {
-    fn new(root: &Path, name: &str) -> Self {
-        Self { etc: root.join(name), root: root.to_path_buf(), running: Vec::new() }
+    pub fn new(root: &Path, name: &str) -> Self {
+        Self { etc: root.join(name), root: root.to_path_buf(), running: Vec::new(), level: None }
     }
 
     fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(process::binary());
         command.args(words).env("CAIRN_CONFIG_DIR", &self.etc).env("CAIRN_CLUSTER", "hand").current_dir(&self.root);
+        if let Some(level) = self.level {
+            command.env("CAIRN_RELEASE_LEVEL", level.to_string());
+        }
         command
     }
 
-    fn cairn(&self, words: &[&str]) -> Outcome {
+    pub fn cairn(&self, words: &[&str]) -> Outcome {
         process::run(&mut self.command(words), LIMIT)
     }
 
-    fn with_password(&self, words: &[&str], password: &str) -> Outcome {
+    pub fn with_password(&self, words: &[&str], password: &str) -> Outcome {
         process::run_with_input(&mut self.command(words), password, LIMIT)
     }
 
-    fn done(&self, words: &[&str]) -> String {
+    pub fn done(&self, words: &[&str]) -> String {
         self.cairn(words).must_succeed(&words.join(" "))
     }
 
-    fn json(&self, words: &[&str]) -> Value {
+    pub fn json(&self, words: &[&str]) -> Value {
         serde_json::from_str(&self.done(&[words, &["-o", "json"]].concat())).expect("the output is JSON")
     }
 
-    fn run(&mut self, role: &str, repository: &str) {
+    pub fn run(&mut self, role: &str, repository: &str) {
+        self.start(repository, &[role, "run", "-r", repository]);
+    }
+
+    /// Runs something under a name.
+    pub fn start(&mut self, repository: &str, words: &[&str]) {
         let log = File::create(self.root.join(format!("{repository}.log"))).expect("make a log");
-        let mut command = self.command(&[role, "run", "-r", repository]);
+        let mut command = self.command(words);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("duplicate")).stderr(log);
         process::die_with_test(&mut command, libc::SIGKILL);
         self.running.push((repository.to_owned(), command.spawn().expect("start a server")));
     }
 
-    fn child(&mut self, repository: &str) -> &mut Child {
+    pub fn child(&mut self, repository: &str) -> &mut Child {
         &mut self.running.iter_mut().find(|(name, _)| name == repository).expect("it runs").1
     }
 
-    fn stat(&self) -> Option<Value> {
+    pub fn stat(&self) -> Option<Value> {
         let outcome = self.cairn(&["stat", "-o", "json"]);
         (outcome.code == 0).then(|| serde_json::from_str(&outcome.stdout).expect("the output is JSON"))
     }
 
-    fn wait_for(&self, what: &str, mut condition: impl FnMut(&Value) -> bool) {
+    pub fn wait_for(&self, what: &str, mut condition: impl FnMut(&Value) -> bool) {
         poll(what, LIMIT, || self.stat().filter(&mut condition));
+    }
+}
+
+impl Node {
+    /// Stops what runs under a name, in good order.
+    pub fn stop(&mut self, name: &str) {
+        process::signal(self.child(name).id(), libc::SIGTERM);
+        poll(&format!("{name} stops"), LIMIT, || self.child(name).try_wait().expect("wait"));
+        self.running.retain(|(other, _)| other != name);
+    }
+
+    /// What runs under a name ends by itself; what it said.
+    pub fn gives_up(&mut self, name: &str) -> String {
+        let status = poll(&format!("{name} gives up"), LIMIT, || self.child(name).try_wait().expect("wait"));
+        assert_eq!(status.code(), Some(1), "{name}");
+        self.running.retain(|(other, _)| other != name);
+        std::fs::read_to_string(self.root.join(format!("{name}.log"))).expect("it has a log")
     }
 }
 
@@ -82,28 +109,28 @@ impl Drop for Node {
     }
 }
 
-fn voters(stat: &Value) -> usize {
+pub fn voters(stat: &Value) -> usize {
     stat["mds"].as_array().map_or(0, |all| all.iter().filter(|mds| mds["voter"] == true).count())
 }
 
-fn active(stat: &Value) -> usize {
+pub fn active(stat: &Value) -> usize {
     stat["cs"].as_array().map_or(0, |all| all.iter().filter(|cs| cs["state"] == "active").count())
 }
 
 /// Addresses nobody listens on, all different.
-fn free_addrs(count: usize) -> Vec<String> {
+pub fn free_addrs(count: usize) -> Vec<String> {
     let held: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("bind")).collect();
     held.iter().map(|listener| listener.local_addr().expect("it is bound").to_string()).collect()
 }
 
 /// Makes the first metadata server and runs it.
-fn first_mds(node: &mut Node, addr: &str) {
+pub fn first_mds(node: &mut Node, addr: &str) {
     node.with_password(&["make-mds", "-I", "-p", "-a", addr, "-r", "mds1"], PASSWORD).must_succeed("make-mds -I");
     node.run("mds", "mds1");
     node.wait_for("the first metadata server leads", |stat| voters(stat) == 1);
 }
 
-fn add_cs(node: &mut Node, number: usize, addr: &str) {
+pub fn add_cs(node: &mut Node, number: usize, addr: &str) {
     let (dir, host) = (format!("cs{number}"), format!("{number:032x}"));
     node.done(&["make-cs", "-r", &dir, "-a", addr, "--size", "1G", "--host-id", &host]);
     node.run("cs", &dir);

@@ -20,6 +20,7 @@ mod quickstart;
 mod replaced;
 mod stopped;
 mod tools;
+mod upgrade;
 mod virtual_machine;
 
 /// Ends the test, as passed, with a word why when a tool is not installed.

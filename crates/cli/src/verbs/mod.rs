@@ -12,4 +12,5 @@ pub mod nbd;
 pub mod recover;
 pub mod removal;
 pub mod sim;
+pub mod upgrade;
 pub mod volume;

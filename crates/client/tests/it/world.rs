@@ -280,6 +280,7 @@ impl World {
         let uuid = [self.places[place].uuid; 16];
         let config = CsConfig {
             cs: self.places[place].cs,
+            level: Level::CURRENT,
             cluster: CLUSTER,
             store: uuid,
             addr: addr(place),
@@ -448,8 +449,8 @@ impl World {
                 let ends = [(place, link), (to, accepted)];
                 self.conns.insert(conn, Conn { ends, queues: Default::default(), alive: [true; 2] });
                 let (here, there) = (self.identity(place), self.identity(to));
-                self.send(conn, 0, NetEvent::Up { link, peer: there });
-                self.send(conn, 1, NetEvent::Up { link: accepted, peer: here });
+                self.send(conn, 0, NetEvent::Up { link, peer: there, level: Level::CURRENT });
+                self.send(conn, 1, NetEvent::Up { link: accepted, peer: here, level: Level::CURRENT });
             }
             NetEffect::Send { link, kind, id, prefix, payload } => {
                 let Some((conn, side)) = self.links.get(&(place, link)).copied() else { return };

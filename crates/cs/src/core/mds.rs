@@ -11,7 +11,7 @@ use super::control::{Audience, Control};
 use super::rebuild::RebuildOrder;
 use crate::lineage::Lineage;
 use cairn_stdx::planted;
-use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, VolumeId};
+use cairn_types::{ChunkId, ChunkVersion, ClientId, CsId, Duration, Instant, Level, VolumeId};
 use cairn_wire::mds::{
     Call, ChunkReport, CsOrder, CsProfile, MdsError, MdsReply, MdsRequest, OrderDone, OrderKind, Push,
 };
@@ -27,6 +27,8 @@ pub const MARK_EVERY: Duration = Duration::from_secs(1);
 pub const REPORT_EVERY: Duration = Duration::from_secs(3600);
 /// Copies in one piece of a report.
 pub const REPORT_PAGE: usize = 4096;
+/// How busy this server is is told this often at most.
+pub const BUSY_EVERY: Duration = Duration::from_secs(20);
 /// The addresses of all metadata servers are asked for this often at most.
 pub const TOPOLOGY_EVERY: Duration = Duration::from_millis(500);
 /// Addresses of metadata servers that are kept; a cluster has at most fifteen.
@@ -74,6 +76,7 @@ enum Asked {
     Heartbeat { done: usize, damaged: usize },
     Report { last: bool },
     Mark { durable: u64 },
+    Busy,
     Topology,
 }
 
@@ -104,6 +107,9 @@ pub(super) struct MdsLink {
     mark_at: Instant,
     /// The call that tells it before a planned stop, until it is answered.
     last_mark: Option<u64>,
+    /// The level of the cluster, as told with heartbeats; and when it may be told next how busy this server is.
+    level: Level,
+    busy_at: Instant,
     next_id: u64,
     outstanding: Option<(u64, Asked, Instant)>,
     heartbeat_at: Instant,
@@ -139,6 +145,8 @@ impl MdsLink {
             marked: 0,
             mark_at: Instant(0),
             last_mark: None,
+            level: Level::FIRST,
+            busy_at: Instant(0),
             next_id: 1,
             outstanding: None,
             heartbeat_at: Instant(0),
@@ -291,6 +299,10 @@ impl CsCore {
                 self.mds.mark_at = now.mono + MARK_EVERY;
                 self.mark(cs)
             }
+            Some(cs) if self.may_say_busy() && now.mono >= self.mds.busy_at && self.busy.is_news() => {
+                self.mds.busy_at = now.mono + BUSY_EVERY;
+                (Asked::Busy, MdsRequest::CsBusy { cs, busy: self.busy.tell() })
+            }
             Some(cs) => match self.report_page(now, cs) {
                 Some(page) => page,
                 None => return,
@@ -298,6 +310,12 @@ impl CsCore {
         };
         let id = self.mds_send(now, link, request, out);
         self.mds.outstanding = Some((id, asked, now.mono + ANSWER_PATIENCE));
+    }
+
+    /// What came with a level is said only to a cluster at that level (I15).
+    fn may_say_busy(&self) -> bool {
+        let level = if planted!("used_before_finalize") { self.config.level } else { self.mds.level };
+        level >= Level::BUSY
     }
 
     fn mds_send(&mut self, now: Now, link: LinkId, request: MdsRequest, out: &mut Effects) -> u64 {
@@ -567,6 +585,8 @@ impl CsCore {
                 self.stop(reason, out);
             }
             (_, Err(MdsError::NotLeader { leader })) => self.mds_follow(now, leader, out),
+            // It is told again when it has changed.
+            (Asked::Busy, Ok(MdsReply::Done) | Err(_)) => {}
             // They are asked again; the link is good for everything else.
             (Asked::Topology, Err(_)) => self.mds.topology_wanted = true,
             (Asked::Register, Err(MdsError::Refused(reason))) if !self.mds.ever_registered => {
@@ -599,6 +619,15 @@ impl CsCore {
                     self.order_control(now, chunk, version, OrderKind::Delete, delete, out);
                 }
                 CsOrder::VerifyRate { chunks_per_minute } => self.set_scrub_rate(now, chunks_per_minute),
+                CsOrder::Level(level) if level > self.config.level => {
+                    let reason = format!(
+                        "the cluster was raised to {level}, and this chunk server is of release {}: start the newer release; \
+                         nothing on its disk is lost",
+                        self.config.level
+                    );
+                    return self.stop(reason, out);
+                }
+                CsOrder::Level(level) => self.mds.level = level,
                 CsOrder::Rebuild { entry, volume, block_count, sources, created } => {
                     let (chunk, version) = (entry.chunk, entry.version);
                     let sane = (1..=cairn_store::CHUNK_BLOCKS_MAX).contains(&block_count)

@@ -122,6 +122,7 @@ impl World {
             let store = [node as u8 + 1; 16];
             let mut config = CsConfig {
                 cs: None,
+                level: Level::CURRENT,
                 cluster: CLUSTER,
                 store,
                 addr: addr_of(node),
@@ -310,9 +311,17 @@ impl World {
     fn join(&mut self, here: End, there: End, peer: NodeId, ours: Option<NodeId>) {
         self.routes.insert(here, there);
         self.routes.insert(there, here);
-        self.queues.entry(here).or_default().push_back(NetEvent::Up { link: link_of(here), peer });
+        self.queues.entry(here).or_default().push_back(NetEvent::Up {
+            link: link_of(here),
+            peer,
+            level: Level::CURRENT,
+        });
         if let Some(ours) = ours {
-            self.queues.entry(there).or_default().push_back(NetEvent::Up { link: link_of(there), peer: ours });
+            self.queues.entry(there).or_default().push_back(NetEvent::Up {
+                link: link_of(there),
+                peer: ours,
+                level: Level::CURRENT,
+            });
         }
     }
 
@@ -512,7 +521,7 @@ impl World {
         let (here, there) = (End::Client(client), End::Node(node, accepted));
         self.routes.insert(here, there);
         self.routes.insert(there, here);
-        self.queues.entry(there).or_default().push_back(NetEvent::Up { link: accepted, peer });
+        self.queues.entry(there).or_default().push_back(NetEvent::Up { link: accepted, peer, level: Level::CURRENT });
         client
     }
 
@@ -622,7 +631,7 @@ impl World {
 fn is_about(order: &CsOrder, done: &OrderDone) -> bool {
     match order {
         // Told with every answer to a heartbeat.
-        CsOrder::VerifyRate { .. } => false,
+        CsOrder::VerifyRate { .. } | CsOrder::Level(_) => false,
         CsOrder::Raise { chunk, version, .. } => {
             (*chunk, *version, OrderKind::Raise) == (done.chunk, done.version, done.kind)
         }

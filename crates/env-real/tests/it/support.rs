@@ -2,8 +2,8 @@
 
 use cairn_env::{Buf, DiskDone, DiskOp, DiskRequest, IoId};
 use cairn_env_real::{Disk, Identity, Reactor, ReactorConfig, ReactorOptions, block_on_local};
-use cairn_types::{ClientId, ClusterId, CsId, NodeId};
-use cairn_wire::auth::{ClusterKey, Initiator};
+use cairn_types::{ClientId, ClusterId, CsId, Level, NodeId};
+use cairn_wire::auth::{ClusterKey, Initiator, Peer};
 use cairn_wire::frame::{Frame, FrameKind, FrameReader, write_frame};
 use cairn_wire::{DiskIndex, Effects, Event, LinkId, NetEffect, NetEvent, Now, Process};
 use std::cell::RefCell;
@@ -70,7 +70,7 @@ impl Process for Echo {
             Event::Start => self.starts += 1,
             Event::Turn => self.turns += 1,
             Event::Timer => self.timers.push(now),
-            Event::Net(NetEvent::Up { link, peer }) => {
+            Event::Net(NetEvent::Up { link, peer, .. }) => {
                 self.ups.push((link, peer));
                 if let Some(greeting) = &self.greeting {
                     out.send(link, FrameKind::MdsPush, 0, greeting.clone());
@@ -202,10 +202,11 @@ impl Raw {
     /// With the handshake done.
     pub async fn link(addr: SocketAddr) -> Raw {
         let mut raw = Self::connect(addr).await;
-        let initiator = Initiator::new(key("good"), "stor1", None, CLIENT, [3; 32]);
+        let us = Peer { node: CLIENT, level: Level::CURRENT };
+        let initiator = Initiator::new(key("good"), "stor1", None, us, [3; 32]);
         raw.send(FrameKind::Auth, 0, &initiator.hello()).await;
         let (proof, peer, cluster) = initiator.challenged(&raw.frame().await.unwrap().prefix).unwrap();
-        assert_eq!((peer, cluster), (SERVER, CLUSTER));
+        assert_eq!((peer.node, cluster), (SERVER, CLUSTER));
         raw.send(FrameKind::Auth, 0, &proof).await;
         initiator.judged(&raw.frame().await.unwrap().prefix).unwrap();
         raw.reader.set_authenticated();

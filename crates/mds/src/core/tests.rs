@@ -4,7 +4,7 @@ use super::*;
 use crate::base::MemBase;
 use cairn_consensus::{Initial, Members, SnapshotMeta};
 use cairn_env::{Buf, DiskDone, DiskOp};
-use cairn_types::Instant;
+use cairn_types::{Instant, Level};
 
 fn carry_out(bytes: &mut [u8], op: &DiskOp) -> Buf {
     match op {
@@ -35,6 +35,7 @@ fn start_without_image(voters: &[u64]) -> (Option<String>, Vec<String>) {
     }
     let config = MdsConfig {
         id: MdsId(1),
+        level: Level::CURRENT,
         cluster: ClusterId([7; 16]),
         cluster_name: "test".to_owned(),
         addr,

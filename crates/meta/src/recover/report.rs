@@ -1,7 +1,8 @@
 //! What goes into a recovery and what it says of itself.
 
 use cairn_types::{
-    BLOCK_SIZE_U64, ChunkId, ChunkVersion, ClusterId, CsId, Epoch, HostId, MdsId, Redundancy, VolumeId, format_size,
+    BLOCK_SIZE_U64, ChunkId, ChunkVersion, ClusterId, CsId, Epoch, HostId, Level, MdsId, Redundancy, VolumeId,
+    format_size,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -82,6 +83,9 @@ pub enum RecoverError {
     /// No chunk server was given.
     #[error("no chunk server was given: name the directory of each, or the file `cairn cs scan` made of it")]
     NoServers,
+    /// The backup is of a later release.
+    #[error("the backup is of release {0}, this is an older one: recover with the release that ran the cluster")]
+    LaterRelease(Level),
     /// Servers of different clusters.
     #[error("{one} and {other} are of different clusters")]
     TwoClusters {

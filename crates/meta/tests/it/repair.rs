@@ -204,7 +204,7 @@ impl Cluster {
                 copy.rebuilding = false;
                 done(entry.chunk, entry.version, OrderKind::Rebuild, None)
             }
-            CsOrder::VerifyRate { .. } => None,
+            CsOrder::VerifyRate { .. } | CsOrder::Level(_) => None,
         }
     }
 

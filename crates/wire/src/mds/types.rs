@@ -1,8 +1,8 @@
 //! What calls to the metadata servers are about: inodes, leases, chunk maps, servers, events.
 
 use cairn_types::{
-    ChunkId, ChunkVersion, ClientId, ClusterId, CsId, Epoch, FailureDomain, HostId, InodeId, LayerId, MdsId,
-    Redundancy, VolumeId,
+    ChunkId, ChunkVersion, ClientId, ClusterId, CsId, Epoch, FailureDomain, HostId, InodeId, LayerId, Level, MdsId,
+    NodeId, Redundancy, VolumeId,
 };
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -447,6 +447,17 @@ pub struct SessionInfo {
     pub leases: u64,
 }
 
+/// The release level of somebody in the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberLevel {
+    /// Who.
+    pub node: NodeId,
+    /// Where it is and what it does, for people.
+    pub what: String,
+    /// Its level; none when the leader does not hear it.
+    pub level: Option<Level>,
+}
+
 /// A chunk copy as a chunk server reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChunkReport {
@@ -494,6 +505,8 @@ pub enum CsOrder {
         /// Chunks a minute; zero switches the scrub off.
         chunks_per_minute: u32,
     },
+    /// The cluster is at this level: what came with it may be used. Not told at the first one.
+    Level(Level),
 }
 
 /// How an order ended.
