@@ -241,7 +241,12 @@ impl Volume {
         }
         let Some(entry) = &self.chunk(index).entry else {
             if unmap {
-                self.finish_part(ctx, id, Ok(None));
+                // There is nothing to unmap, says a map that only the holder may trust. Nobody else can be asked: where
+                // the lease may have ended, this ends when it is renewed, or with the handle (I6).
+                match ctx.session.is_fresh(ctx.io.now) {
+                    true => self.finish_part(ctx, id, Ok(None)),
+                    false => self.retry_soon(ctx, id, SOON),
+                }
                 return;
             }
             let chunk = self.chunk(index);
@@ -472,6 +477,10 @@ impl Volume {
         let Some(part) = self.parts.get_mut(id) else { return };
         let index = part.index;
         match &mut part.body {
+            Body::Write(write) if write.sequence == 0 => {
+                write.timer = false;
+                self.start_part(ctx, id);
+            }
             Body::Write(write) => {
                 write.timer = false;
                 write.ask_again();
