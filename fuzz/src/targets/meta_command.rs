@@ -3,7 +3,7 @@
 use crate::alloc::measured;
 use crate::{Bound, Seeds, Shape, Target, samples, script, seed, unsealed};
 use cairn_meta::{Command, MemKv, Meta};
-use cairn_types::{ClientId, CsId, HostId, InodeId, MdsId};
+use cairn_types::{ClientId, CsId, HostId, InodeId, Level, MdsId};
 use cairn_wire::mds::*;
 use std::cell::RefCell;
 
@@ -37,6 +37,13 @@ impl World {
     fn command(&mut self, command: &Command) -> Result<MdsReply, MdsError> {
         self.index += 1;
         self.meta.apply(self.index, &command.encode()).reply
+    }
+
+    /// True for what no leader logs before the cluster is raised: a state that meets it stops loudly (I15).
+    fn is_never_logged(&self, level: Level, command: &Command) -> bool {
+        let raises =
+            matches!(command, Command::Call { call, .. } if matches!(call.request, MdsRequest::LevelRaise { .. }));
+        level > self.meta.level() && !raises && !matches!(command, Command::Bootstrap { .. })
     }
 
     fn call(&mut self, session: u64, request: MdsRequest) -> Result<MdsReply, MdsError> {
@@ -110,6 +117,11 @@ fn run(bytes: &[u8]) {
     for (kind, piece) in script::pieces(bytes) {
         match kind & 3 {
             0 => {
+                if Command::decode(piece, Level::CURRENT)
+                    .is_ok_and(|(level, command)| world.is_never_logged(level, &command))
+                {
+                    continue;
+                }
                 world.index += 1;
                 let applied = measured(piece.len(), || world.meta.apply(world.index, piece));
                 let again = cairn_wire::encode(&applied.reply);
@@ -123,7 +135,9 @@ fn run(bytes: &[u8]) {
                 }
             }
             2 => {
-                if let Ok(request) = cairn_wire::decode::<MdsRequest>("request", piece) {
+                if let Ok(request) = cairn_wire::decode::<MdsRequest>("request", piece)
+                    && (request.level() <= world.meta.level() || matches!(request, MdsRequest::LevelRaise { .. }))
+                {
                     let _ = world.call(1, request);
                 }
             }

@@ -12,6 +12,7 @@ mod fsx;
 mod full;
 mod full_mds;
 mod guards;
+mod memory;
 mod mounting;
 mod nbd;
 mod old_copy;
