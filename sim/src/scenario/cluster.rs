@@ -166,7 +166,7 @@ impl Cluster {
     pub fn create_first_mds(&mut self) {
         let (id, instance) = (MdsId(1), self.rng.next_u64() | 1);
         let initial = Initial::Bootstrap { voters: vec![Member { id, instance }] };
-        self.make_mds(id, instance, &initial, Vec::new());
+        self.make_mds(id, instance, &initial, Vec::new(), MemBase::default());
     }
 
     /// The operator's client is gone as well.
@@ -204,29 +204,12 @@ impl Cluster {
 
     /// Starts the first metadata server of a recovered cluster, then the chunk servers.
     pub fn start_recovered(&mut self, recovered: &Recovered<'_>) {
-        let (addr, id, instance) = (self.next_mds_addr(), recovered.report.mds, self.rng.next_u64() | 1);
+        let (id, instance) = (recovered.report.mds, self.rng.next_u64() | 1);
         let pairs = recovered.state.scan(&[0], &[u8::MAX], usize::MAX);
         let mut base = MemBase::default();
         let initial = fill(&mut base, (id, instance), recovered.report.index, recovered.term, &pairs)
             .expect("an image in memory takes everything");
-        let log = log_config(id);
-        let disk = format_disk(MDS_LOG, Consensus::format(&log, instance, &initial));
-        let level = self.shape.level;
-        let config = MdsConfig {
-            id,
-            level,
-            cluster: CLUSTER,
-            cluster_name: CLUSTER_NAME.to_owned(),
-            addr,
-            repository: String::new(),
-            servers: vec![MdsInfo { mds: id, addr, voter: true, repository: String::new() }],
-            bootstrap: true,
-            log,
-            checkpoint_bytes: self.shape.checkpoint_bytes,
-        };
-        let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
-        self.mds.push(MdsNode { node, retired: false, level, base, config });
-        self.start_mds(self.mds.len() - 1);
+        self.make_mds(id, instance, &initial, Vec::new(), base);
         (0..self.cs.len()).for_each(|index| self.start_cs(index));
     }
 
@@ -237,13 +220,14 @@ impl Cluster {
 
     /// Makes a metadata server that was admitted as `id` for `nonce`.
     pub fn join_mds(&mut self, id: MdsId, nonce: u64, servers: Vec<MdsInfo>) {
-        self.make_mds(id, nonce, &Initial::Join, servers);
+        self.make_mds(id, nonce, &Initial::Join, servers, MemBase::default());
     }
 
-    fn make_mds(&mut self, id: MdsId, instance: u64, initial: &Initial, mut servers: Vec<MdsInfo>) {
+    /// Makes and starts a metadata server; who does not join others is the only one.
+    fn make_mds(&mut self, id: MdsId, instance: u64, initial: &Initial, mut servers: Vec<MdsInfo>, base: MemBase) {
         let (addr, log) = (self.next_mds_addr(), log_config(id));
         let disk = format_disk(MDS_LOG, Consensus::format(&log, instance, initial));
-        let bootstrap = matches!(initial, Initial::Bootstrap { .. });
+        let bootstrap = !matches!(initial, Initial::Join);
         if bootstrap {
             servers = vec![MdsInfo { mds: id, addr, voter: true, repository: String::new() }];
         }
@@ -261,7 +245,7 @@ impl Cluster {
             checkpoint_bytes: self.shape.checkpoint_bytes,
         };
         let node = self.world.add_node(addr, NodeId::Mds(id), vec![disk]);
-        self.mds.push(MdsNode { node, retired: false, level, base: MemBase::default(), config });
+        self.mds.push(MdsNode { node, retired: false, level, base, config });
         self.start_mds(self.mds.len() - 1);
     }
 

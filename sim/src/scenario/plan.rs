@@ -156,22 +156,6 @@ pub(super) struct FilesPlan {
     pub minimum: u8,
 }
 
-/// What may happen to clients that work on files.
-const WITH_FILES: [FaultKind; 12] = [
-    FaultKind::KillCs,
-    FaultKind::KillMds,
-    FaultKind::KillClient,
-    FaultKind::CutCs,
-    FaultKind::CutMds,
-    FaultKind::CutAll,
-    FaultKind::Partition,
-    FaultKind::OneWay,
-    FaultKind::Reset,
-    FaultKind::Pause,
-    FaultKind::Clock,
-    FaultKind::SlowDisk,
-];
-
 /// Virtual time for which files are worked on.
 const FILES_NS: u64 = 300 * SECOND;
 
@@ -186,7 +170,9 @@ impl Plan {
         let minimum = rng.range(1, u64::from(replicas) + 1) as u8;
         plan.files = Some(FilesPlan { count: rng.range(2, 5) as usize, replicas, minimum });
         if !faultless && seed.is_multiple_of(2) {
-            plan.faults = WITH_FILES.to_vec();
+            // Disks keep what they have: what becomes of damage is judged on volumes.
+            let keeps = |kind: &FaultKind| !matches!(kind, FaultKind::DiskFails | FaultKind::Rot);
+            plan.faults = ALL.into_iter().filter(keeps).collect();
             rng.shuffle(&mut plan.faults);
             plan.faults.truncate(rng.range(1, 6) as usize);
         }
